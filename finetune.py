@@ -1,0 +1,840 @@
+"""Fine-tune a Qwen chat model (any ChatML model with a Qwen2-like network): full-parameter, LoRA or Q-LoRA.
+
+  python finetune.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --data_path chats.jsonl --output_dir out
+  python finetune.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --data_path chats.jsonl --output_dir out --use_lora
+  python finetune.py config.yaml --learning_rate 1e-4      # a file of flags; the command line wins
+
+The life of a sample, top to bottom in this file:
+
+  JSON record -> messages -> input_ids and labels -> batch -> loss -> checkpoint
+
+The same command given again goes on from the newest complete checkpoint.
+"""
+
+import sys
+
+import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
+from mechanisms.errors import UserError, user_errors_end_the_program
+from mechanisms.flags import prepare_command_line
+
+if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
+    with user_errors_end_the_program():
+        COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import jinja2
+import numpy as np
+import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from mechanisms import checkpoints, console
+from mechanisms.console import say
+from mechanisms.data_report import DataReport
+from mechanisms.record_shapes import BadRecord, to_conversation
+from mechanisms.records import Problems, find_files, read_records
+from mechanisms.token_cache import TokenCache, cache_key
+
+IGNORED = -100  # the label of a token that is not trained (torch.nn.functional.cross_entropy's ignore_index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        default="Qwen/Qwen2.5-7B", metadata={"help": "Folder or Hugging Face Hub name of the model to start from."})
+
+
+@dataclass
+class DataArguments:
+    data_path: list[str] = field(
+        default=None, metadata={"help": "Training data: files, folders or globs; JSON arrays or JSON Lines."})
+    eval_data_path: list[str] = field(
+        default=None, metadata={"help": "Evaluation data, as --data_path. Evaluated at the end and per --eval_strategy."})
+    eval_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the training data to hold out for evaluation, always the same records."})
+    lazy_preprocess: bool = field(
+        default=False, metadata={"help": "Tokenize each record when it is needed instead of all before the start."})
+    loss_on: Literal["assistant", "last", "all"] = field(
+        default="assistant", metadata={"help": "What is trained: every assistant turn, the last one, or every token."})
+    overlong: Literal["truncate", "drop", "error"] = field(
+        default="truncate", metadata={"help": "What to do with samples longer than --model_max_length."})
+    skip_bad_rows: int = field(
+        default=0, metadata={"help": "Leave out up to this many unusable records; they go to rejected.jsonl."})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    output_dir: str = field(
+        default="output_qwen", metadata={"help": "Folder for checkpoints and the result."})
+    cache_dir: str = field(
+        default=None, metadata={"help": "Folder for downloaded models and tokenized data (default: Hugging Face's)."})
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    model_max_length: int = field(
+        default=8192, metadata={"help": "Longest sample in tokens; --overlong says what happens to longer ones."})
+    use_lora: bool = field(
+        default=False, metadata={"help": "Train low-rank adapters instead of all parameters."})
+    bf16: bool | None = field(default=None, metadata={
+        "help": "bfloat16 mixed precision. Without --bf16 and --fp16 the best that the hardware has is chosen.",
+        "nargs": "?", "const": True})
+    fp16: bool | None = field(default=None, metadata={
+        "help": "float16 mixed precision, for GPUs without bfloat16.", "nargs": "?", "const": True})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines (below 1: share of all)."})
+    resume_from_checkpoint: str = field(default=None, metadata={
+        "help": "Unset: go on from the newest complete checkpoint in --output_dir, if any. True: there must be one. "
+                "False: start over, in a folder without results. Or the path of a checkpoint."})
+    # Trainer's default replaces a NaN loss by the average before it: a dead run would look alive.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (never wanted)."})
+    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "What tokens/s counts."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here."})
+
+    def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL
+        self.bf16, self.fp16 = choose_precision(self.bf16, self.fp16, self.use_cpu)
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # a log file gets plain lines
+        super().__post_init__()
+
+
+@dataclass
+class LoraArguments:
+    q_lora: bool = field(
+        default=False, metadata={"help": "LoRA on a base model held in 4 bits (NF4); implies --use_lora."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],
+        metadata={"help": "Linear layers that get an adapter (default: all of every block)."})
+    lora_weight_path: str = field(
+        default="", metadata={"help": "Adapter folder to continue from, instead of a new adapter."})
+    lora_bias: Literal["none", "all", "lora_only"] = field(
+        default="none", metadata={"help": "Which biases are trained as well."})
+    lora_embeddings: Literal["auto", "full", "chatml", "none"] = field(default="auto", metadata={
+        "help": "Train the embedding and output layers too: full, or only the rows of the ChatML tokens (a fraction of "
+                "the memory). auto: none for a chat model, full for a base model, chatml for a base model in 4 bits."})
+
+
+def choose_precision(bf16, fp16, use_cpu):
+    """(bf16, fp16) as asked for, or the best that the hardware has where neither was said.
+
+    Raises UserError where the hardware lacks what was asked for.
+    """
+    cuda = torch.cuda.is_available() and not use_cpu
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else True
+    if bf16 and fp16:
+        raise UserError("--bf16 and --fp16 exclude each other: give one")
+    if fp16 and not cuda:
+        raise UserError("--fp16 needs a GPU and this run has none: leave it out (fp32), or give --bf16")
+    if bf16 and not has_bf16:
+        raise UserError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16: leave it out (fp16 is then chosen)")
+    if bf16 is None and fp16 is None:
+        return cuda and has_bf16, cuda and not has_bf16
+    return bool(bf16), bool(fp16)
+
+
+def parse_arguments(argv):
+    """argv -> (model, data, training, lora) arguments. Raises UserError with every combination that cannot work."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments), allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
+    try:
+        model_args, data_args, training_args, lora_args = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False)
+    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
+        raise UserError(str(error)) from error
+    problems = []
+    if lora_args.q_lora:
+        training_args.use_lora = True
+    if not data_args.data_path:
+        problems.append("--data_path is missing: which data to train on?")
+    if not 0 <= data_args.eval_ratio < 1:
+        problems.append(f"--eval_ratio {data_args.eval_ratio}: a share of the data, from 0 to below 1")
+    if data_args.eval_ratio and data_args.eval_data_path:
+        problems.append("--eval_ratio and --eval_data_path exclude each other: give one")
+    if training_args.eval_strategy != "no" and not (data_args.eval_ratio or data_args.eval_data_path):
+        problems.append(f"--eval_strategy {training_args.eval_strategy.value} needs --eval_data_path or --eval_ratio")
+    if training_args.model_max_length < 1:
+        problems.append(f"--model_max_length {training_args.model_max_length}: at least 1")
+    if not training_args.use_lora:
+        problems += [f"--{lora_field.name} has no effect without --use_lora or --q_lora"
+                     for lora_field, default in zip(dataclasses.fields(LoraArguments),
+                                                    dataclasses.astuple(LoraArguments()))
+                     if getattr(lora_args, lora_field.name) != default]
+    if isinstance(training_args.deepspeed, str) and not os.path.isfile(training_args.deepspeed):
+        problems.append(f"--deepspeed {training_args.deepspeed}: no such file")
+    if problems:
+        raise UserError("\n       ".join(problems))
+    return model_args, data_args, training_args, lora_args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations: a JSON record -> messages -> input_ids and labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+QWEN_CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and message.role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+class Sample(NamedTuple):
+    """input_ids and labels (lists of int of one length; labels are IGNORED where nothing is trained).
+
+    outcome: "kept", "truncated", or why it is left out ("nothing to learn", "too long").
+    """
+
+    input_ids: list
+    labels: list
+    outcome: str
+
+
+def load_conversations(files, problems, notices):
+    """Yield (Place, Conversation) for every usable record of the files.
+
+    Unusable ones go to `problems`; `notices` (a Counter) counts what is left out of usable ones, by its name.
+    """
+    for path in files:
+        for place, record in read_records(path, problems):
+            try:
+                yield place, to_conversation(record, notices)
+            except BadRecord as bad:
+                problems.add(place, bad.args[0], record)
+
+
+class ConversationEncoder:
+    """Conversation -> Sample, by one rendering with the tokenizer's own chat template.
+
+    Control tokens in the content are encoded as plain text. The trained spans are found by walking the ids of that one
+    rendering: from after `<|im_start|>assistant\\n` through its `<|im_end|>`, what the model itself will have to say
+    after the prompt that inference builds.
+
+    Raises UserError if the tokenizer has no ChatML tokens or its template renders conversations in a way that cannot be
+    walked so.
+    """
+
+    def __init__(self, tokenizer, max_length, loss_on="assistant", overlong="truncate"):
+        self.tokenizer, self.max_length, self.loss_on, self.overlong = tokenizer, max_length, loss_on, overlong
+        self.notices = collections.Counter()
+        vocabulary = tokenizer.get_added_vocab()
+        if not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
+            raise UserError(f"the tokenizer in {tokenizer.name_or_path} has no <|im_start|> and <|im_end|> tokens: "
+                            "this is not a ChatML (Qwen) model")
+        self.start, self.end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
+        *self.header, self.newline = tokenizer.encode("assistant\n", add_special_tokens=False)
+        self.control_tokens = re.compile("|".join(map(re.escape, sorted(vocabulary, key=len, reverse=True))))
+        self._check_template()
+
+    def __call__(self, conversation):
+        """Encode one conversation. Raises BadRecord."""
+        return self.encode(conversation, self.render(conversation))
+
+    def batch(self, conversations):
+        """Encode many at the speed of the Rust tokenizer. Returns a list of Sample, or BadRecord in a place of one."""
+        results, plain = [None] * len(conversations), {}
+        for index, conversation in enumerate(conversations):
+            try:
+                rendered = self.render(conversation)
+                if isinstance(rendered, str):
+                    plain[index] = rendered
+                else:
+                    results[index] = self.encode(conversation, rendered)
+            except BadRecord as bad:
+                results[index] = bad
+        if plain:
+            for index, ids in zip(plain, self._tokenize(list(plain.values()))):
+                try:
+                    results[index] = self.encode(conversations[index], ids)
+                except BadRecord as bad:
+                    results[index] = bad
+        return results
+
+    def render(self, conversation):
+        """The conversation as text, or as ids where its content holds control tokens that must become plain text."""
+        messages, tools = conversation.messages, conversation.tools
+        unsupported = [name for name, used in (
+            ("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages)),
+            ("messages of role tool", any(message["role"] == "tool" for message in messages)),
+            ("reasoning_content", any(message.get("reasoning_content") for message in messages)),
+        ) if used and name not in self.supported]
+        if unsupported:
+            raise BadRecord([("the model's chat template leaves this out", name) for name in unsupported])
+        if "reasoning_content" in self.supported:
+            messages = [split_thinking(message) for message in messages]
+        text = json.dumps([messages, tools], ensure_ascii=False)
+        written = set(self.control_tokens.findall(text))
+        if any(self.control_tokens.search(key) for key in dict_keys([messages, tools])):
+            raise BadRecord([("control token in the name of an argument", ", ".join(sorted(written)))])
+        for token in written:
+            self.notices[f"{token} written in the data"] += 1
+        try:
+            if not written:
+                return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+            return self.tokenizer.apply_chat_template(messages, tools=tools, sanitize_control_tokens=True,
+                                                      return_dict=False)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise BadRecord([("the model's chat template refuses it", str(error))]) from error
+
+    def _tokenize(self, texts):
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def encode(self, conversation, rendered):
+        """A conversation and its `render`ing -> Sample. Raises BadRecord."""
+        ids = self._tokenize([rendered])[0] if isinstance(rendered, str) else rendered
+        labels = list(ids) if self.loss_on == "all" else [IGNORED] * len(ids)
+        spans = self._assistant_spans(ids, labels)
+        if len(spans) != len(conversation.trained):
+            raise BadRecord([("the rendering cannot be walked", f"{len(conversation.trained)} assistant messages, but "
+                              f"{len(spans)} found in what the chat template makes of them")])
+        for number, ((start, end), trained) in enumerate(zip(spans, conversation.trained), 1):
+            if self.loss_on != "all" and trained and (self.loss_on == "assistant" or number == len(spans)):
+                labels[start:end] = ids[start:end]
+            elif not trained:
+                labels[start:end] = [IGNORED] * (end - start)
+        outcome = "kept"
+        if len(ids) > self.max_length:
+            if self.overlong == "error":
+                raise BadRecord([("longer than --model_max_length", f"{len(ids)} tokens (--overlong error)")])
+            if self.overlong == "drop":
+                return Sample([], [], "too long")
+            ids, labels, outcome = ids[:self.max_length], labels[:self.max_length], "truncated"
+        if all(label == IGNORED for label in labels[1:]):  # the first token is never predicted
+            return Sample([], [], "nothing to learn")
+        return Sample(ids, labels, outcome)
+
+    def _assistant_spans(self, ids, labels):
+        """[(start, end)] of every assistant turn's words and end token; mends ids and labels in place on two points."""
+        spans, position = [], -1
+        while True:
+            try:
+                position = ids.index(self.start, position + 1)
+            except ValueError:
+                return spans
+            start = position + 1 + len(self.header)
+            if ids[position + 1:start] != self.header or start >= len(ids):
+                continue
+            if ids[start] != self.newline:
+                # Words that begin with a line break: the tokenizer fused it with the header's. Inference will give
+                # the model the header with its own "\n" token, so that is what is trained.
+                fused = self.tokenizer.decode([ids[start]])
+                if not fused.startswith("\n"):
+                    continue
+                parts = [self.newline, *self.tokenizer.encode(fused[1:], add_special_tokens=False)]
+                ids[start:start + 1] = parts
+                labels[start:start + 1] = parts if self.loss_on == "all" else [IGNORED] * len(parts)
+            start += 1
+            if self.end not in ids[start:]:
+                # The template leaves the last turn open (Qwen1.5's does): without its end token the model would never
+                # learn to stop.
+                self.notices["last turn without <|im_end|>, which was added"] += 1
+                ids.append(self.end)
+                labels.append(self.end if self.loss_on == "all" else IGNORED)
+            end = ids.index(self.end, start) + 1
+            spans.append((start, end))
+            position = end - 1
+
+    def _check_template(self):
+        """Learn what the template renders; refuse one whose assistant turns do not come out word for word."""
+        self.supported = set()
+        question, call = {"role": "user", "content": "q1"}, {"type": "function", "function": {
+            "name": "probename", "arguments": {}}}
+        probes = {
+            "tools": ([question], [{"type": "function", "function": {"name": "probename", "parameters": {}}}]),
+            "tool_calls": ([question, {"role": "assistant", "content": "", "tool_calls": [call]}], None),
+            "messages of role tool": ([question, {"role": "assistant", "content": "", "tool_calls": [call]},
+                                       {"role": "tool", "content": "probename"}], None),
+            "reasoning_content": ([question, {"role": "assistant", "content": "a", "reasoning_content": "probename"}],
+                                  None)}
+        for name, (messages, tools) in probes.items():
+            try:
+                text = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+            except (jinja2.TemplateError, TypeError):
+                continue
+            if text.count("probename") == (2 if name == "messages of role tool" else 1):
+                self.supported.add(name)
+        words = ["Yes, 1.", "好的，2。"]
+        ids = self.tokenizer.apply_chat_template(
+            [question, {"role": "assistant", "content": words[0]}, question, {"role": "assistant", "content": words[1]}],
+            return_dict=False)
+        found = [self.tokenizer.decode(ids[start:end]) for start, end in self._assistant_spans(ids, list(ids))]
+        self.notices.clear()
+        if len(found) != 2 or not all(text.endswith(word + "<|im_end|>") for text, word in zip(found, words)):
+            raise UserError(f"the chat template of {self.tokenizer.name_or_path} does not render assistant turns as "
+                            "<|im_start|>assistant, line break, words, <|im_end|>: which tokens are the assistant's "
+                            f"cannot be told exactly (found: {found})")
+
+
+def split_thinking(message):
+    """`<think>...</think>` in an assistant's content as reasoning_content, which is what Qwen3's template makes of it.
+
+    Done here because neutralised control tokens would keep the template from recognising them.
+    """
+    content = message["content"]
+    if message["role"] != "assistant" or "reasoning_content" in message or "</think>" not in content:
+        return message
+    reasoning = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+    return {**message, "reasoning_content": reasoning, "content": content.split("</think>")[-1].lstrip("\n")}
+
+
+def dict_keys(value):
+    """Every key of every dict inside a JSON value."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            yield from dict_keys(entry)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets and batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+class LazyConversations(torch.utils.data.Dataset):
+    """The samples of `TokenCache`, each tokenized when it is asked for."""
+
+    def __init__(self, conversations, digests, encoder):
+        self.conversations, self.digests, self.encoder = conversations, np.array(digests, np.uint64), encoder
+
+    def __len__(self):
+        return len(self.conversations)
+
+    def __getitem__(self, index):
+        sample = self.encoder(self.conversations[index])
+        return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels)}
+
+
+def tokenize(files, encoder, report):
+    """Yield (input_ids, labels, digest) of every sample worth training on; everything else is counted in `report`."""
+    records = console.counted(load_conversations(files, report.problems, report.notices), "tokenizing", "records")
+    while group := list(itertools.islice(records, 1000)):
+        for (place, conversation), sample in zip(group, encoder.batch([conversation for _, conversation in group])):
+            digest = conversation.digest()
+            if isinstance(sample, BadRecord):
+                report.problems.add(place, sample.args[0], conversation._asdict())
+            elif report.count(sample, digest):
+                yield sample.input_ids, sample.labels, digest
+    report.notices.update(encoder.notices)
+    encoder.notices.clear()
+
+
+def load_lazily(files, encoder, report):
+    """The same samples as `tokenize`, in the same order, not tokenized yet.
+
+    Which samples are left out must be known before the start. A byte-level tokenizer never makes more tokens than there
+    are bytes, so only samples with more bytes than the maximum length have to be tokenized to know.
+    """
+    conversations, digests = [], []
+    for place, conversation in load_conversations(files, report.problems, report.notices):
+        try:
+            rendered, sample = encoder.render(conversation), None
+            if (not isinstance(rendered, str) or not all(conversation.trained)
+                    or len(unicodedata.normalize("NFC", rendered).encode()) > encoder.max_length
+                    or rendered.count("<|im_start|>assistant\n") != len(conversation.trained)):
+                sample = encoder.encode(conversation, rendered)
+        except BadRecord as bad:
+            report.problems.add(place, bad.args[0], conversation._asdict())
+            continue
+        digest = conversation.digest()
+        if report.count(sample, digest):
+            conversations.append(conversation)
+            digests.append(digest)
+    report.counts_tokens = False
+    report.notices.update(encoder.notices)
+    return LazyConversations(conversations, digests, encoder)
+
+
+def load_dataset(files, encoder, data_args, training_args):
+    """Files -> (dataset, DataReport). Tokenized once per node; the other ranks, and later runs, read the cache."""
+    if data_args.lazy_preprocess:
+        report = DataReport()
+        return load_lazily(files, encoder, report), report
+    flags = {"max_length": encoder.max_length, "loss_on": encoder.loss_on, "overlong": encoder.overlong}
+    here = os.path.dirname(os.path.abspath(__file__))
+    sources = [os.path.join(here, name) for name in ("finetune.py", "mechanisms/records.py",
+                                                     "mechanisms/record_shapes.py", "mechanisms/token_cache.py")]
+    cache_root = training_args.cache_dir or os.path.join(HF_HOME, "finetune_tokens")
+    with training_args.main_process_first(desc="tokenizing"):
+        folder = os.path.join(cache_root, "tokens-" + cache_key(files, encoder.tokenizer, flags, sources))
+        if not TokenCache.exists(folder):
+            report = DataReport()
+            TokenCache.write(folder, tokenize(files, encoder, report), report.to_json)
+    cache = TokenCache(folder)
+    return cache, DataReport.from_json(cache.report)
+
+
+def prepare_datasets(data_args, training_args, tokenizer):
+    """-> (train, eval or None). Prints the first sample and what became of all records.
+
+    Raises UserError with every problem of all files if there are more than --skip_bad_rows.
+    """
+    encoder = ConversationEncoder(tokenizer, training_args.model_max_length, data_args.loss_on, data_args.overlong)
+    problems, datasets, reports = Problems(), {}, {}
+    for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
+        files = find_files(paths or [], problems)
+        if files:
+            datasets[name], reports[name] = load_dataset(files, encoder, data_args, training_args)
+            problems.rejected += reports[name].problems.rejected
+            problems.fatal += reports[name].problems.fatal
+    problems.stop_or_skip(data_args.skip_bad_rows)
+    train, evaluation = datasets["train"], datasets.get("eval")
+    if problems.rejected and training_args.process_index == 0:
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        problems.write(os.path.join(training_args.output_dir, "rejected.jsonl"))
+    for name, report in reports.items():
+        say(*report.lines(f"Data ({name}):"))
+        if not report.kept:
+            raise UserError(f"no sample of the {name} data is left to learn from (see the table above)")
+    if data_args.eval_ratio:
+        train, evaluation = split(train, data_args.eval_ratio)
+        say(f"  --eval_ratio {data_args.eval_ratio}: {len(evaluation):,} held out, {len(train):,} trained on")
+        if not len(train) or not len(evaluation):
+            raise UserError(f"--eval_ratio {data_args.eval_ratio} of {len(train) + len(evaluation)} samples leaves one "
+                            "side empty")
+    first = train[0]
+    say("First sample, what is trained between [[ and ]]:",
+        console.show_trained(tokenizer, first["input_ids"].tolist(), first["labels"].tolist()), "")
+    return train, evaluation
+
+
+def split(dataset, ratio):
+    """Hold out about `ratio` of the samples, chosen by content: the same ones in any order and with any seed, and never
+    a duplicate of a trained one."""
+    digests = np.unique(dataset.digests)
+    held_out = np.isin(dataset.digests, digests[:round(len(digests) * ratio)])
+    indices = np.arange(len(dataset))
+    return (torch.utils.data.Subset(dataset, indices[~held_out].tolist()),
+            torch.utils.data.Subset(dataset, indices[held_out].tolist()))
+
+
+class PadToLongest:
+    """Samples -> {"input_ids", "attention_mask", "labels"}, int64 (samples, longest of this batch), padded right."""
+
+    def __init__(self, pad_token_id):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples):
+        shape = len(samples), max(len(sample["input_ids"]) for sample in samples)
+        batch = {"input_ids": torch.full(shape, self.pad_token_id), "attention_mask": torch.zeros(shape, dtype=torch.long),
+                 "labels": torch.full(shape, IGNORED)}
+        for row, sample in enumerate(samples):
+            length = len(sample["input_ids"])
+            batch["input_ids"][row, :length] = torch.from_numpy(sample["input_ids"])
+            batch["attention_mask"][row, :length] = 1
+            batch["labels"][row, :length] = torch.from_numpy(sample["labels"])
+        return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+def load_tokenizer(path, cache_dir=None):
+    """The model's tokenizer, ending turns with <|im_end|>; ChatML as Qwen has it if it brings no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer in {path} has no fast (Rust) version, and this program needs one")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = QWEN_CHATML
+        say(f"note: the tokenizer in {path} has no chat template; it gets Qwen's ChatML")
+    if "<|im_end|>" in tokenizer.get_added_vocab():
+        tokenizer.eos_token = "<|im_end|>"  # base models come with <|endoftext|>, which no turn ends with
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_added_vocab() else tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(path, cache_dir=None):
+    """The model's config. Raises UserError where there is none to be had."""
+    if os.path.isfile(os.path.join(path, "adapter_config.json")) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise UserError(f"{path} is an adapter: give its base model as --model_name_or_path and this folder as "
+                        "--lora_weight_path")
+    if not os.path.isdir(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") != 1):
+        raise UserError(f"--model_name_or_path {path}: no such folder")
+    try:
+        return AutoConfig.from_pretrained(path, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        where = "holds no usable model" if os.path.isdir(path) else "is no folder here and cannot be had from the Hub"
+        raise UserError(f"--model_name_or_path {path} {where}: {first_line(error)}") from error
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def is_base_model(path, tokenizer):
+    """(bool, reason): whether the model was never trained on ChatML, so that its ChatML tokens mean nothing yet."""
+    name = os.path.basename(os.path.normpath(path)).lower()
+    for word, base in (("chat", False), ("instruct", False), ("base", True), ("qwen3", False)):
+        if word in name:
+            return base, f"its name holds {word!r}"
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        return True, "it has no generation config, and no name that says otherwise"
+    end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    if end_id in (ends if isinstance(ends, list) else [ends]):
+        return False, "its generation config ends at <|im_end|>"
+    return True, "its generation config does not end at <|im_end|>"
+
+
+def load_model(model_args, training_args, lora_args, config, tokenizer):
+    """The model with its frozen weights in the compute precision and all weights that will be trained in fp32.
+
+    bf16 weights would lose small updates: at a learning rate of 1e-5 most of them round to nothing. DeepSpeed keeps
+    its own fp32 copy, so under it everything is loaded in the compute precision.
+    """
+    compute = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    keeps_own_fp32 = training_args.deepspeed is not None
+    quantization = None
+    if lora_args.q_lora:
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir, quantization_config=quantization,
+            dtype=compute if training_args.use_lora or keeps_own_fp32 else torch.float32,
+            device_map={"": training_args.device} if lora_args.q_lora else None)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the weights in {model_args.model_name_or_path} cannot be loaded: {first_line(error)}") from error
+    model.config.use_cache = False
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    model.generation_config.eos_token_id = [end for end in ends if end is not None]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return model
+
+
+def add_adapter(model, tokenizer, model_args, training_args, lora_args):
+    """Wrap the model for LoRA: frozen but for the adapters and, on a base model, the embedding and output layers."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if training_args.activation_checkpointing:
+        model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
+    keeps_own_fp32 = training_args.deepspeed is not None  # and cannot mix fp32 adapters with 16-bit layers
+    if lora_args.lora_weight_path:
+        model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
+                                          autocast_adapter_dtype=not keeps_own_fp32)
+    else:
+        embeddings = lora_args.lora_embeddings
+        if embeddings == "auto":
+            base, reason = is_base_model(model_args.model_name_or_path, tokenizer)
+            embeddings = "none" if not base else "chatml" if lora_args.q_lora else "full"
+            say(f"{'Base' if base else 'Chat'} model: {reason}. --lora_embeddings auto is '{embeddings}' then.")
+        names = [name for name, module in model.named_modules()
+                 if module in (model.get_input_embeddings(), model.get_output_embeddings())]
+        names = [name.rpartition(".")[2] for name in names]
+        tied = model.config.tie_word_embeddings
+        tokens = sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+        model = get_peft_model(model, LoraConfig(
+            task_type="CAUSAL_LM", r=lora_args.lora_r, lora_alpha=lora_args.lora_alpha, lora_dropout=lora_args.lora_dropout,
+            target_modules=lora_args.lora_target_modules, bias=lora_args.lora_bias,
+            modules_to_save=(names[:1] if tied else names) if embeddings == "full" else None,
+            trainable_token_indices={name: tokens for name in (names[:1] if tied else names)}
+            if embeddings == "chatml" else None,
+            ensure_weight_tying=tied and embeddings != "none",
+        ), autocast_adapter_dtype=not keeps_own_fp32)
+    if not keeps_own_fp32:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    # The default, "auto", asks the Hub whether the vocabulary was resized; ours never is, and what is trained of the
+    # embeddings is saved anyhow.
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    return model
+
+
+def describe_training(model, training_args, lora_args):
+    """What is trained, on what, in which precision, for how long: one table before the first step."""
+    counts = collections.Counter()
+    for parameter in model.parameters():
+        counts["all"] += parameter_count(parameter)
+        counts["trained"] += parameter_count(parameter) * parameter.requires_grad
+    method = "Q-LoRA (NF4)" if lora_args.q_lora else "LoRA" if training_args.use_lora else "full-parameter"
+    precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
+    batch = (training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+             * training_args.world_size)
+    return ["Training:", console.table([
+        ("method", method), ("precision", f"{precision}, trained weights and optimizer in fp32"),
+        ("device", f"{training_args.world_size} x {training_args.device.type}"), ("parameters", counts["all"]),
+        ("trained parameters", f"{counts['trained']:,} ({counts['trained'] / counts['all']:.2%})"),
+        ("samples per step", batch)]), ""]
+
+
+def parameter_count(parameter):
+    """Number of weights: ZeRO-3 keeps the whole shape in ds_shape, bitsandbytes packs two 4-bit weights in a byte."""
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    if type(parameter).__name__ == "Params4bit":
+        return math.prod(parameter.quant_state.shape)
+    return parameter.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------------------------------------------------
+
+class QwenTrainer(Trainer):
+    """Trainer whose checkpoints are complete or recognisable as not, and which stops when the loss is no number."""
+
+    def __init__(self, *args, run, card, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run, self.card = run, card
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(console.ProgressLines if self.args.disable_tqdm else console.ProgressBar)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # An adapter folder has neither of its own: chat programs look for both there.
+            self.model.generation_config.save_pretrained(output_dir)
+            with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
+                file.write(self.card)
+
+    def _save_checkpoint(self, model, trial):
+        if not torch.isfinite(self._tr_loss).all():
+            raise lost_loss(self.state.global_step)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)  # must not delete the last one before this one is complete
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.write_manifest(
+                os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self.run)
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise lost_loss(self.state.global_step)
+
+    def save_result(self):
+        """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""
+        unfinished = os.path.join(self.args.output_dir, "result.unfinished")
+        self.save_model(unfinished)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            names = sorted(os.listdir(unfinished), key=lambda name: name in ("config.json", "adapter_config.json"))
+            for name in names:  # the config last: a folder without one does not pass for a model
+                os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
+            os.rmdir(unfinished)
+
+
+def lost_loss(step):
+    return UserError(f"the loss is not a number any more at step {step}; the checkpoints before it are whole. Usual "
+                     "causes: a learning rate too high for this model, or --fp16 where only --bf16 has the range.")
+
+
+def model_card(model_args, data_args, training_args, lora_args):
+    """README.md of the result, with the metadata that the Hugging Face Hub reads."""
+    method = "Q-LoRA" if lora_args.q_lora else "LoRA" if training_args.use_lora else "Full-parameter"
+    library = "peft" if training_args.use_lora else "transformers"
+    flags = {name: getattr(training_args, name) for name in (
+        "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "model_max_length", "seed")}
+    if training_args.use_lora:
+        flags |= {name: getattr(lora_args, name) for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_embeddings")}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in flags.items())
+    return (f"---\nbase_model: {json.dumps(model_args.model_name_or_path)}\nlibrary_name: {library}\n"
+            "pipeline_tag: text-generation\n---\n\n"
+            f"{method} fine-tuning of `{model_args.model_name_or_path}` on "
+            f"{', '.join(f'`{os.path.basename(path)}`' for path in data_args.data_path)}; loss on "
+            f"{data_args.loss_on}. Prompts are ChatML, by this folder's chat template.\n\n"
+            f"| setting | value |\n|---|---|\n{rows}\n")
+
+
+def run_facts(model_args, data_args, training_args, lora_args, train, evaluation):
+    """What a resumed run must share with the checkpoint for its place in the data to mean the same."""
+    return {"data": hashlib.blake2b(np.ascontiguousarray(sorted_digests(train)), digest_size=8).hexdigest(),
+            "samples": len(train),
+            "samples per step": training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+            * training_args.world_size,
+            "model_max_length": training_args.model_max_length, "loss_on": data_args.loss_on, "seed": training_args.seed,
+            "use_lora": training_args.use_lora, "q_lora": lora_args.q_lora}
+
+
+def sorted_digests(dataset):
+    if isinstance(dataset, torch.utils.data.Subset):
+        return dataset.dataset.digests[dataset.indices]
+    return dataset.digests
+
+
+def train(argv):
+    """The whole run. Returns the Trainer when it is done."""
+    model_args, data_args, training_args, lora_args = parse_arguments(argv)
+    if training_args.disable_tqdm:
+        transformers.utils.logging.disable_progress_bar()
+    checkpoint, notices = checkpoints.checkpoint_to_resume(training_args.output_dir, training_args.resume_from_checkpoint)
+    say(*[f"note: {notice}" for notice in notices])
+    config = load_config(model_args.model_name_or_path, training_args.cache_dir)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
+    train_dataset, eval_dataset = prepare_datasets(data_args, training_args, tokenizer)
+    run = run_facts(model_args, data_args, training_args, lora_args, train_dataset, eval_dataset)
+    if checkpoint:
+        checkpoints.check_same_run(checkpoint, run)
+        say(f"Going on from {checkpoint}")
+
+    transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
+    model = load_model(model_args, training_args, lora_args, config, tokenizer)
+    if training_args.use_lora:
+        model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
+    say(*describe_training(model, training_args, lora_args))
+
+    trainer = QwenTrainer(
+        model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+        data_collator=PadToLongest(tokenizer.pad_token_id), processing_class=tokenizer, run=run,
+        card=model_card(model_args, data_args, training_args, lora_args))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    evaluated = trainer.evaluate() if eval_dataset else {}
+    trainer.save_result()
+    trainer.save_state()
+    say(*summary(trainer, result, evaluated, training_args, lora_args))
+    return trainer
+
+
+def summary(trainer, result, evaluated, training_args, lora_args):
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    out = training_args.output_dir
+    rows = [("steps", trainer.state.global_step), ("loss, last logged", f"{losses[-1]:.4f}" if losses else "none")]
+    if "eval_loss" in evaluated:
+        rows.append(("eval loss", f"{evaluated['eval_loss']:.4f}"))
+    tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen  # of this run, not before it
+    rows += [("tokens", tokens),
+             ("tokens/s", f"{tokens / result.metrics['train_runtime']:,.0f}"),
+             ("time", f"{result.metrics['train_runtime']:.1f} s"), ("result", out)]
+    lines = ["", "Done:", console.table(rows), f"  chat:  python chat.py {out}"]
+    if training_args.use_lora:
+        lines.append(f"  merge: python merge_lora.py --adapter_path {out} --output_dir {out}-merged")
+    return lines
+
+
+if __name__ == "__main__":
+    with user_errors_end_the_program():
+        train(COMMAND_LINE)

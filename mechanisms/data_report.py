@@ -1,0 +1,67 @@
+"""What became of the records of a data set: counted while they are encoded, shown before training."""
+
+import collections
+
+from mechanisms.console import table
+from mechanisms.records import Problems
+
+
+class DataReport:
+    """Counts over one data set. `to_json`/`from_json` carry it in the token cache, so that a cached run says the same."""
+
+    def __init__(self):
+        self.problems = Problems()
+        self.notices = collections.Counter()  # what was left out or changed in usable records, and how often
+        self.left_out = collections.Counter()  # records that are not trained on, by reason
+        self.kept = self.truncated = self.tokens = self.trained = self.longest = 0
+        self.seen = set()
+        self.duplicates = 0
+        self.counts_tokens = True
+
+    def count(self, sample, digest):
+        """Count an encoded sample; True if it is kept. sample=None: kept, but not tokenized yet (lazy)."""
+        if sample is None:
+            self.counts_tokens = False
+        elif not sample.input_ids:
+            self.left_out[sample.outcome] += 1
+            return False
+        else:
+            self.truncated += sample.outcome == "truncated"
+            self.tokens += len(sample.input_ids)
+            self.trained += sum(label != -100 for label in sample.labels[1:])
+            self.longest = max(self.longest, len(sample.input_ids))
+        self.kept += 1
+        self.duplicates += digest in self.seen
+        self.seen.add(digest)
+        return True
+
+    def to_json(self):
+        fields = {name: value for name, value in vars(self).items() if name not in ("problems", "seen")}
+        return {**fields, "rejected": self.problems.rejected, "fatal": self.problems.fatal}
+
+    @classmethod
+    def from_json(cls, fields):
+        report = cls()
+        report.problems.rejected, report.problems.fatal = fields.pop("rejected"), fields.pop("fatal")
+        fields["notices"] = collections.Counter(fields["notices"])
+        fields["left_out"] = collections.Counter(fields["left_out"])
+        vars(report).update(fields)
+        return report
+
+    def lines(self, title):
+        rejected = len(self.problems.rejected)
+        rows = [("records", self.kept + sum(self.left_out.values()) + rejected), ("kept", self.kept)]
+        if rejected:
+            rows.append(("left out: unusable (rejected.jsonl)", rejected))
+        rows += [(f"left out: {reason}", count) for reason, count in sorted(self.left_out.items())]
+        if self.counts_tokens:
+            rows.append(("truncated", self.truncated))
+        rows.append(("duplicates among the kept", self.duplicates))
+        if self.counts_tokens and self.kept:
+            rows += [("tokens", self.tokens), ("trained tokens", f"{self.trained:,} ({self.trained / self.tokens:.1%})"),
+                     ("longest sample", self.longest), ("mean sample", f"{self.tokens / self.kept:.1f}")]
+        lines = [title, table(rows)]
+        if not self.counts_tokens:
+            lines.append("  (token counts are not known with --lazy_preprocess)")
+        lines += [f"  note: {count:,} x {notice}" for notice, count in sorted(self.notices.items())]
+        return lines

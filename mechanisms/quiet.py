@@ -1,0 +1,27 @@
+"""Warnings of libraries that mean nothing to the user, silenced at their cause. Imported before anything heavy.
+
+Everything here names its reason and when it can go.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+# torchao comes with gptqmodel and is imported by transformers; nothing here uses it. Its compiled parts do not load
+# without CUDA and it says so at every start, and its enums trip a deprecation warning of torch. Can go when
+# transformers imports torchao only where it is used.
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+# DeepSpeed announces on every import that it has found no GPU. Naming the accelerator keeps it from looking.
+if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# Bars that redraw themselves fill a log file with fragments.
+if not sys.stderr.isatty():
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+# peft asks the model under the name it had before transformers 5.23. Can go with the next peft.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

@@ -1,0 +1,87 @@
+"""Tokenized samples on disk: written once, whole or not at all, and memory-mapped by every process that reads them."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+
+
+def cache_key(files, tokenizer, flags, sources):
+    """Hex key of everything the tokens depend on.
+
+    Args:
+        files: data files; their whole content counts.
+        tokenizer: vocabulary, merges, normalizer and chat template count.
+        flags: JSON-serialisable dict of the options that change the result.
+        sources: paths of the Python files that turn a record into tokens.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in [*files, *sources]:
+        digest.update(os.path.basename(path).encode() + b"\0")
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    digest.update(json.dumps([flags, tokenizer.chat_template], sort_keys=True).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    return digest.hexdigest()
+
+
+class TokenCache:
+    """A sequence of samples {"input_ids": int32 (length,), "labels": int64 (length,)} in `folder`, and their report.
+
+    `digests` is a uint64 array (number of samples,): equal for samples of equal conversations.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
+            self.report = json.load(file)
+        self.offsets = np.fromfile(os.path.join(folder, "offsets.int64"), dtype=np.int64)
+        self.digests = np.fromfile(os.path.join(folder, "digests.uint64"), dtype=np.uint64)
+        length = int(self.offsets[-1])
+        shape = {"shape": (length,), "mode": "r"} if length else None  # an empty file cannot be mapped
+        self.input_ids = np.memmap(os.path.join(folder, "input_ids.int32"), np.int32, **shape) if shape else []
+        self.trained = np.memmap(os.path.join(folder, "trained.bool"), np.bool_, **shape) if shape else []
+
+    @staticmethod
+    def exists(folder):
+        """Whether a whole cache lies in `folder`: the report is written last, then the folder renamed into place."""
+        return os.path.isfile(os.path.join(folder, "report.json"))
+
+    @staticmethod
+    def write(folder, samples, make_report):
+        """Write all samples, then the report, then give the folder its name, so that a kill leaves nothing half.
+
+        samples: iterator of (input_ids, labels, digest); make_report: called after the last one, returns a
+        JSON-serialisable dict. Raises whatever `samples` or `make_report` raise, leaving no folder behind.
+        """
+        unfinished = f"{folder}.{os.getpid()}.unfinished"
+        os.makedirs(unfinished)
+        try:
+            offsets, digests = [0], []
+            with open(os.path.join(unfinished, "input_ids.int32"), "wb") as ids_file, \
+                    open(os.path.join(unfinished, "trained.bool"), "wb") as trained_file:
+                for input_ids, labels, digest in samples:
+                    np.asarray(input_ids, np.int32).tofile(ids_file)
+                    (np.asarray(labels) != -100).tofile(trained_file)
+                    offsets.append(offsets[-1] + len(input_ids))
+                    digests.append(digest)
+            np.asarray(offsets, np.int64).tofile(os.path.join(unfinished, "offsets.int64"))
+            np.asarray(digests, np.uint64).tofile(os.path.join(unfinished, "digests.uint64"))
+            with open(os.path.join(unfinished, "report.json"), "w", encoding="utf-8") as file:
+                json.dump(make_report(), file, ensure_ascii=False)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def __len__(self):
+        return len(self.digests)
+
+    def __getitem__(self, index):
+        start, end = self.offsets[index], self.offsets[index + 1]
+        input_ids = np.array(self.input_ids[start:end])
+        return {"input_ids": input_ids, "labels": np.where(self.trained[start:end], input_ids, -100)}
