@@ -111,6 +111,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL
         self.bf16, self.fp16 = choose_precision(self.bf16, self.fp16, self.use_cpu)
+        if isinstance(self.deepspeed, str) and not os.path.isfile(self.deepspeed):
+            raise UserError(f"--deepspeed {self.deepspeed}: no such file")
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file gets plain lines
         super().__post_init__()
@@ -158,11 +160,11 @@ def parse_arguments(argv):
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments), allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
     try:
-        model_args, data_args, training_args, lora_args = parser.parse_args_into_dataclasses(
-            argv, look_for_args_file=False)
+        model_args, data_args, training_args, lora_args, stray = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise UserError(str(error)) from error
-    problems = []
+    problems = [f"{word!r} belongs to no flag" for word in stray]
     if lora_args.q_lora:
         training_args.use_lora = True
     if not data_args.data_path:
@@ -180,8 +182,6 @@ def parse_arguments(argv):
                      for lora_field, default in zip(dataclasses.fields(LoraArguments),
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
-    if isinstance(training_args.deepspeed, str) and not os.path.isfile(training_args.deepspeed):
-        problems.append(f"--deepspeed {training_args.deepspeed}: no such file")
     if problems:
         raise UserError("\n       ".join(problems))
     return model_args, data_args, training_args, lora_args
@@ -556,6 +556,8 @@ def load_tokenizer(path, cache_dir=None):
     """The model's tokenizer, ending turns with <|im_end|>; ChatML as Qwen has it if it brings no chat template."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir)
+        if tokenizer.vocab_size < 256:  # a folder without tokenizer files gives an empty one
+            raise OSError("its tokenizer files are missing")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -575,13 +577,17 @@ def load_config(path, cache_dir=None):
     if os.path.isfile(os.path.join(path, "adapter_config.json")) and not os.path.isfile(os.path.join(path, "config.json")):
         raise UserError(f"{path} is an adapter: give its base model as --model_name_or_path and this folder as "
                         "--lora_weight_path")
-    if not os.path.isdir(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") != 1):
+    if not os.path.isdir(path) and not could_be_on_the_hub(path):
         raise UserError(f"--model_name_or_path {path}: no such folder")
     try:
         return AutoConfig.from_pretrained(path, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         where = "holds no usable model" if os.path.isdir(path) else "is no folder here and cannot be had from the Hub"
         raise UserError(f"--model_name_or_path {path} {where}: {first_line(error)}") from error
+
+
+def could_be_on_the_hub(path):
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
 
 
 def first_line(error):
@@ -604,6 +610,50 @@ def is_base_model(path, tokenizer):
     return True, "its generation config does not end at <|im_end|>"
 
 
+def check_model(config, training_args, lora_args):
+    """Refuse what this model cannot do, and shorten what it cannot hold, while nothing is loaded yet."""
+    if getattr(config, "quantization_config", None) and not lora_args.q_lora:
+        raise UserError("this model is quantized: its weights cannot be trained. Add --q_lora to train adapters on it")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and training_args.model_max_length > limit:
+        say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
+            f"{limit} is used")
+        training_args.model_max_length = limit
+    if not training_args.use_lora:
+        return
+    with torch.device("meta"):  # the network without its weights
+        names = {name.rpartition(".")[2] for name, _ in AutoModelForCausalLM.from_config(config).named_modules()}
+    missing = [name for name in lora_args.lora_target_modules if name.rpartition(".")[2] not in names]
+    if missing:
+        raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
+                        + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head")))))
+    if lora_args.lora_weight_path:
+        check_adapter_flags(lora_args)
+
+
+def check_adapter_flags(lora_args):
+    """A continued adapter keeps its own settings: flags that say otherwise would have no effect."""
+    from peft import PeftConfig
+
+    if not os.path.isdir(lora_args.lora_weight_path) and not could_be_on_the_hub(lora_args.lora_weight_path):
+        raise UserError(f"--lora_weight_path {lora_args.lora_weight_path}: no such folder")
+    try:
+        adapter = PeftConfig.from_pretrained(lora_args.lora_weight_path)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--lora_weight_path {lora_args.lora_weight_path}: no usable adapter there: "
+                        f"{first_line(error)}") from error
+    own = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout,
+           "lora_bias": adapter.bias, "lora_target_modules": sorted(adapter.target_modules)}
+    asked = {name: sorted(value) if isinstance(value, list) else value for name, value in vars(lora_args).items()}
+    default = vars(LoraArguments())
+    wrong = [f"--{name}: the adapter in --lora_weight_path has {value}" for name, value in own.items()
+             if getattr(lora_args, name) != default[name] and asked[name] != value]
+    if lora_args.lora_embeddings != "auto":
+        wrong.append("--lora_embeddings: the adapter in --lora_weight_path has its own")
+    if wrong:
+        raise UserError("\n       ".join(wrong) + "\n       A continued adapter keeps its settings: leave these out")
+
+
 def load_model(model_args, training_args, lora_args, config, tokenizer):
     """The model with its frozen weights in the compute precision and all weights that will be trained in fp32.
 
@@ -613,7 +663,7 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
     compute = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     keeps_own_fp32 = training_args.deepspeed is not None
     quantization = None
-    if lora_args.q_lora:
+    if lora_args.q_lora and not getattr(config, "quantization_config", None):  # a quantized model brings its own
         quantization = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
     try:
@@ -794,6 +844,7 @@ def train(argv):
     checkpoint, notices = checkpoints.checkpoint_to_resume(training_args.output_dir, training_args.resume_from_checkpoint)
     say(*[f"note: {notice}" for notice in notices])
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
+    check_model(config, training_args, lora_args)
     tokenizer = load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
     train_dataset, eval_dataset = prepare_datasets(data_args, training_args, tokenizer)
     run = run_facts(model_args, data_args, training_args, lora_args, train_dataset, eval_dataset)
@@ -835,6 +886,10 @@ def summary(trainer, result, evaluated, training_args, lora_args):
     return lines
 
 
-if __name__ == "__main__":
+def main(argv):
     with user_errors_end_the_program():
-        train(COMMAND_LINE)
+        train(argv)
+
+
+if __name__ == "__main__":
+    main(COMMAND_LINE)

@@ -7,6 +7,9 @@ import pytest
 
 import mechanisms.quiet  # noqa: F401
 
+# The models here are so small that a second thread only waits for the first; also for the processes tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 REAL_DATA = os.environ.get("REAL_DATA")
 REAL_TOKENIZERS = ("qwen2", "qwen2.5", "qwen3")
 

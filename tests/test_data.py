@@ -1,0 +1,203 @@
+"""Records out of files: three shapes, every encoding of lines, and every problem with its place."""
+
+import collections
+import json
+import time
+
+import pytest
+
+from mechanisms.errors import UserError
+from mechanisms.record_shapes import BadRecord, to_conversation
+from mechanisms.records import Problems, find_files, read_records
+
+MESSAGES = {"messages": [{"role": "user", "content": "안녕"}, {"role": "assistant", "content": "하세요"}]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "您好"}], "id": "7"}
+ALPACA = {"instruction": "Translate", "input": "Hund", "output": "dog"}
+
+
+def read(path):
+    problems = Problems()
+    return list(read_records(str(path), problems)), problems
+
+
+def shape(record):
+    notices = collections.Counter()
+    return to_conversation(record, notices), notices
+
+
+def kinds_of(record):
+    with pytest.raises(BadRecord) as bad:
+        to_conversation(record, collections.Counter())
+    return [kind for kind, _ in bad.value.args[0]]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("form", ["array", "pretty array", "lines", "lines with gaps", "pretty objects"])
+def test_content_decides_the_format_and_places_are_right(tmp_path, bom, newline, form):
+    records = [MESSAGES, SHAREGPT, ALPACA]
+    dumped = [json.dumps(record, ensure_ascii=False) for record in records]
+    text, lines = {
+        "array": (json.dumps(records, ensure_ascii=False), [1, 1, 1]),
+        "pretty array": ("[\n" + ",\n".join(dumped) + "\n]\n", [2, 3, 4]),
+        "lines": ("\n".join(dumped), [1, 2, 3]),
+        "lines with gaps": ("\n" + "\n\n".join(dumped) + "\n\n", [2, 4, 6]),
+        "pretty objects": ("{\n" + dumped[0][1:] + "\n" + dumped[1] + "\n\n" + dumped[2], [1, 3, 5])}[form]
+    path = tmp_path / "data.txt"  # the name says nothing
+    path.write_bytes(bom + text.replace("\n", newline).encode())
+    found, problems = read(path)
+    assert [record for _, record in found] == records
+    assert [place.line for place, _ in found] == lines
+    assert [place.number for place, _ in found] == [1, 2, 3]
+    assert not problems.rejected and not problems.fatal
+
+
+def test_files_folders_and_globs_in_a_fixed_order(tmp_path):
+    for name in ("b.jsonl", "a.json", "sub/c.jsonl", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    problems = Problems()
+    folder = [path[len(str(tmp_path)) + 1:] for path in find_files([str(tmp_path)], problems)]
+    assert folder == ["a.json", "b.jsonl", "sub/c.jsonl"]
+    assert len(find_files([str(tmp_path / "*.json*"), str(tmp_path / "a.json")], problems)) == 2
+    assert not problems.fatal
+    (tmp_path / "none").mkdir()
+    find_files([str(tmp_path / "gone.json"), str(tmp_path / "none"), str(tmp_path / "*.csv")], problems)
+    assert len(problems.fatal) == 3  # all of them, not the first
+
+
+def test_shapes_come_to_the_same_messages():
+    plain = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    system = [{"role": "system", "content": "s"}]
+    assert shape({"messages": plain})[0].messages == plain
+    for record in ({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]},
+                   {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+                   {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+                   {"instruction": "q", "output": "a"}, {"instruction": "q", "input": "", "output": "a"}):
+        assert shape(record)[0].messages == plain
+    for record in ({"messages": system + plain}, {"conversations": plain, "system": "s"},
+                   {"instruction": "q", "output": "a", "system": "s"}):
+        assert shape(record)[0].messages == system + plain
+    history = shape({"instruction": "q", "input": "i", "output": "a", "history": [["q0", "a0"]]})[0].messages
+    assert [message["content"] for message in history] == ["q0", "a0", "q\ni", "a"]
+
+
+def test_sharegpt_function_calls():
+    conversation, _ = shape({"conversations": [
+        {"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "1"}, {"from": "gpt", "value": "a"}], "tools": '[{"name": "f"}]'})
+    assert conversation.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant", "tool", "assistant"]
+    assert conversation.tools == [{"name": "f"}] and conversation.trained == (True, True)
+
+
+def test_extra_keys_and_unanswered_ends_are_counted():
+    record = {"messages": [*MESSAGES["messages"], {"role": "user", "content": "and?", "mood": 3}], "lang": "ko", "id": 1}
+    conversation, notices = shape(record)
+    assert conversation.messages == MESSAGES["messages"]
+    assert notices == {"key 'lang' of the record": 1, "key 'mood' of a message": 1, "unanswered last message": 1}
+
+
+U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
+
+
+@pytest.mark.parametrize("record, kind", [
+    ("text", "a record is a JSON object"),
+    ({"foo": 1}, "unknown shape"),
+    ({"messages": []}, "empty conversation"),
+    ({"conversations": None}, "empty conversation"),
+    ({"messages": ["hi"]}, "a message is a JSON object"),
+    ({"messages": [{"role": "bot", "content": "x"}, A]}, "unknown role"),
+    ({"messages": [{"role": ["user"], "content": "x"}, A]}, "unknown role"),
+    ({"messages": [A, U]}, "roles out of order"),
+    ({"messages": [U, U, A]}, "roles out of order"),
+    ({"messages": [U, A, A]}, "roles out of order"),
+    ({"messages": [U, A, S, U, A]}, "roles out of order"),
+    ({"messages": [U, A, {"role": "tool", "content": "x"}, U, A]}, "roles out of order"),
+    ({"messages": [U]}, "no assistant turn"),
+    ({"messages": [{"role": "user", "content": 5}, A]}, "content is not a string"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, A]}, "content is not a string"),
+    ({"messages": [U, {"role": "assistant", "content": None}]}, "content is not a string"),
+    ({"instruction": "x"}, "content is not a string"),
+    ({"instruction": "x", "output": " \n"}, "empty content"),
+    ({"instruction": "x", "output": "y", "history": [["q"]]}, "history is a list of [question, answer]"),
+    ({"messages": [U, {**A, "weight": 0.5}]}, "train, loss and weight are true or false (1 or 0)"),
+    ({"messages": [U, {**A, "loss": "yes"}]}, "train, loss and weight are true or false (1 or 0)"),
+    ({"messages": [U, {**A, "train": True, "weight": 0}]}, "train, loss and weight are true or false (1 or 0)"),
+    ({"messages": [{**U, "train": True}, A]}, "only assistant messages can be trained"),
+    ({"messages": [U, {"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}]},
+     "a tool call has a name and arguments"),
+    ({"messages": [U, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+     "not valid JSON inside the record"),
+    ({"messages": [U, A], "tools": {"name": "f"}}, "tools are a list of JSON schemas"),
+    ({"messages": [U, {"role": "assistant", "content": "\ud800"}]}, "half a character"),
+])
+def test_every_rule_refuses_what_breaks_it(record, kind):
+    assert kinds_of(record) == [kind]
+
+
+def test_all_faults_of_a_record_are_named():
+    assert kinds_of({"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": 1}]}) == [
+        "unknown role", "content is not a string"]
+
+
+def test_nearest_shape_is_named(real_data):
+    with pytest.raises(BadRecord, match="rename 'conversation' to 'conversations'"):
+        [(_, record), *_], _ = read(real_data / "datasets/sharegpt/ms-swift_sharegpt.jsonl")
+        to_conversation(record, collections.Counter())
+
+
+def test_broken_line_of_a_large_file_is_found(tmp_path):
+    line = json.dumps(MESSAGES, ensure_ascii=False)
+    lines = [line] * 200_000
+    lines[123_456] = line[:-5]
+    path = tmp_path / "large.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    start = time.time()
+    found, problems = read(path)
+    assert time.time() - start < 20
+    assert len(found) == 199_999
+    [row] = problems.rejected
+    assert (row["line"], row["record"]) == (123_457, 123_457)
+    assert f"{path}:123457 (record 123457): not valid JSON: " in problems.report()
+
+
+@pytest.mark.parametrize("data, message", [
+    (b"", "the file is empty"), (b" \n\n", "the file is empty"), (b"[]", "no records"),
+    (b'[{"a": 1},\n{"b": }]', ":2: not valid JSON in record 2"),
+    (b'[{"a": 1}\n{"b": 2}]', ":2: not valid JSON: expected ',' or ']' after record 1"),
+    (b'[{"a": 1},\n {"b": 2}', "the file ends inside the array, after record 2"),
+    (b'[{"a": 1}]\nxyz', ":2: text after the end of the array"),
+    ('{"a": "你好"}\n'.encode("gb18030"), ":1: not UTF-8 (byte 0xc4), perhaps gb18030"),
+    ('[\n{"a": "안녕하세요"}]'.encode("cp949"), ":2: not UTF-8"),
+    ('[{"a": 1}]'.encode("utf-16"), "UTF-16, not UTF-8"),
+    (b"[" * 100_000, "not valid JSON in record 1"),
+])
+def test_unreadable_files_say_what_and_where(tmp_path, data, message):
+    path = tmp_path / "bad.json"
+    path.write_bytes(data)
+    _, problems = read(path)
+    [fatal] = problems.fatal
+    assert str(path) in fatal and message in fatal
+    with pytest.raises(UserError):
+        problems.stop_or_skip(allowed=1000)  # no number of skipped rows gets around it
+
+
+def test_report_shows_twenty_and_counts_the_rest(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(['{"x": 1}'] * 30 + ['{"messages": []}'] * 5 + ["{"] * 7), encoding="utf-8")
+    problems = Problems()
+    for place, record in read_records(str(path), problems):
+        try:
+            to_conversation(record, collections.Counter())
+        except BadRecord as bad:
+            problems.add(place, bad.args[0], record)
+    with pytest.raises(UserError) as error:
+        problems.stop_or_skip(allowed=41)
+    text = str(error.value)
+    assert text.count("(record ") == 20 and "and 22 more" in text and "--skip_bad_rows 42" in text
+    assert "30 x unknown shape" in text and "5 x empty conversation" in text and "7 x not valid JSON" in text
+    problems.stop_or_skip(allowed=42)
+    problems.write(tmp_path / "rejected.jsonl")
+    rows = [json.loads(line) for line in open(tmp_path / "rejected.jsonl", encoding="utf-8")]
+    assert len(rows) == 42 and set(rows[0]) == {"file", "line", "record", "reasons", "data"}
