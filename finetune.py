@@ -27,7 +27,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import unicodedata
@@ -40,16 +39,17 @@ import torch
 import transformers
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser, Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
-from mechanisms import checkpoints, console
+from mechanisms import checkpoints, console, summary
+from mechanisms.checks import check_model, choose_precision, first_line, load_config
 from mechanisms.console import say
 from mechanisms.data_report import DataReport
 from mechanisms.record_shapes import BadRecord, to_conversation
 from mechanisms.records import Problems, find_files, read_records
+from mechanisms.template_probe import dict_keys, rendered_parts, split_thinking, used_parts
 from mechanisms.token_cache import TokenCache, cache_key
+from mechanisms.trainer import SafeTrainer
 
 IGNORED = -100  # the label of a token that is not trained (torch.nn.functional.cross_entropy's ignore_index)
 
@@ -69,9 +69,9 @@ class DataArguments:
     data_path: list[str] = field(
         default=None, metadata={"help": "Training data: files, folders or globs; JSON arrays or JSON Lines."})
     eval_data_path: list[str] = field(
-        default=None, metadata={"help": "Evaluation data, as --data_path. Evaluated at the end and per --eval_strategy."})
+        default=None, metadata={"help": "Evaluation data, as --data_path; used at the end and per --eval_strategy."})
     eval_ratio: float = field(
-        default=0.0, metadata={"help": "Share of the training data to hold out for evaluation, always the same records."})
+        default=0.0, metadata={"help": "Share of the training data held out for evaluation, always the same records."})
     lazy_preprocess: bool = field(
         default=False, metadata={"help": "Tokenize each record when it is needed instead of all before the start."})
     loss_on: Literal["assistant", "last", "all"] = field(
@@ -135,24 +135,6 @@ class LoraArguments:
     lora_embeddings: Literal["auto", "full", "chatml", "none"] = field(default="auto", metadata={
         "help": "Train the embedding and output layers too: full, or only the rows of the ChatML tokens (a fraction of "
                 "the memory). auto: none for a chat model, full for a base model, chatml for a base model in 4 bits."})
-
-
-def choose_precision(bf16, fp16, use_cpu):
-    """(bf16, fp16) as asked for, or the best that the hardware has where neither was said.
-
-    Raises UserError where the hardware lacks what was asked for.
-    """
-    cuda = torch.cuda.is_available() and not use_cpu
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else True
-    if bf16 and fp16:
-        raise UserError("--bf16 and --fp16 exclude each other: give one")
-    if fp16 and not cuda:
-        raise UserError("--fp16 needs a GPU and this run has none: leave it out (fp32), or give --bf16")
-    if bf16 and not has_bf16:
-        raise UserError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16: leave it out (fp16 is then chosen)")
-    if bf16 is None and fp16 is None:
-        return cuda and has_bf16, cuda and not has_bf16
-    return bool(bf16), bool(fp16)
 
 
 def parse_arguments(argv):
@@ -246,6 +228,7 @@ class ConversationEncoder:
         self.start, self.end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
         *self.header, self.newline = tokenizer.encode("assistant\n", add_special_tokens=False)
         self.control_tokens = re.compile("|".join(map(re.escape, sorted(vocabulary, key=len, reverse=True))))
+        self.rendered = rendered_parts(tokenizer)
         self._check_template()
 
     def __call__(self, conversation):
@@ -275,14 +258,10 @@ class ConversationEncoder:
     def render(self, conversation):
         """The conversation as text, or as ids where its content holds control tokens that must become plain text."""
         messages, tools = conversation.messages, conversation.tools
-        unsupported = [name for name, used in (
-            ("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages)),
-            ("messages of role tool", any(message["role"] == "tool" for message in messages)),
-            ("reasoning_content", any(message.get("reasoning_content") for message in messages)),
-        ) if used and name not in self.supported]
-        if unsupported:
-            raise BadRecord([("the model's chat template leaves this out", name) for name in unsupported])
-        if "reasoning_content" in self.supported:
+        left_out = used_parts(conversation) - self.rendered
+        if left_out:
+            raise BadRecord([("the model's chat template leaves this out", part) for part in sorted(left_out)])
+        if "reasoning_content" in self.rendered:
             messages = [split_thinking(message) for message in messages]
         text = json.dumps([messages, tools], ensure_ascii=False)
         written = set(self.control_tokens.findall(text))
@@ -357,56 +336,18 @@ class ConversationEncoder:
             position = end - 1
 
     def _check_template(self):
-        """Learn what the template renders; refuse one whose assistant turns do not come out word for word."""
-        self.supported = set()
-        question, call = {"role": "user", "content": "q1"}, {"type": "function", "function": {
-            "name": "probename", "arguments": {}}}
-        probes = {
-            "tools": ([question], [{"type": "function", "function": {"name": "probename", "parameters": {}}}]),
-            "tool_calls": ([question, {"role": "assistant", "content": "", "tool_calls": [call]}], None),
-            "messages of role tool": ([question, {"role": "assistant", "content": "", "tool_calls": [call]},
-                                       {"role": "tool", "content": "probename"}], None),
-            "reasoning_content": ([question, {"role": "assistant", "content": "a", "reasoning_content": "probename"}],
-                                  None)}
-        for name, (messages, tools) in probes.items():
-            try:
-                text = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-            except (jinja2.TemplateError, TypeError):
-                continue
-            if text.count("probename") == (2 if name == "messages of role tool" else 1):
-                self.supported.add(name)
-        words = ["Yes, 1.", "好的，2。"]
-        ids = self.tokenizer.apply_chat_template(
-            [question, {"role": "assistant", "content": words[0]}, question, {"role": "assistant", "content": words[1]}],
-            return_dict=False)
+        """Refuse a template whose assistant turns do not come out word for word."""
+        words, turns = ["Yes, 1.", "好的，2。"], []
+        for word in words:
+            turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": word}]
+        ids = self.tokenizer.apply_chat_template(turns, return_dict=False)
         found = [self.tokenizer.decode(ids[start:end]) for start, end in self._assistant_spans(ids, list(ids))]
         self.notices.clear()
-        if len(found) != 2 or not all(text.endswith(word + "<|im_end|>") for text, word in zip(found, words)):
+        if len(found) != 2 or not all(text.endswith(word + "<|im_end|>")
+                                      for text, word in zip(found, words, strict=True)):
             raise UserError(f"the chat template of {self.tokenizer.name_or_path} does not render assistant turns as "
                             "<|im_start|>assistant, line break, words, <|im_end|>: which tokens are the assistant's "
                             f"cannot be told exactly (found: {found})")
-
-
-def split_thinking(message):
-    """`<think>...</think>` in an assistant's content as reasoning_content, which is what Qwen3's template makes of it.
-
-    Done here because neutralised control tokens would keep the template from recognising them.
-    """
-    content = message["content"]
-    if message["role"] != "assistant" or "reasoning_content" in message or "</think>" not in content:
-        return message
-    reasoning = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
-    return {**message, "reasoning_content": reasoning, "content": content.split("</think>")[-1].lstrip("\n")}
-
-
-def dict_keys(value):
-    """Every key of every dict inside a JSON value."""
-    if isinstance(value, dict):
-        yield from value
-        value = list(value.values())
-    if isinstance(value, list):
-        for entry in value:
-            yield from dict_keys(entry)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,8 +479,8 @@ class PadToLongest:
 
     def __call__(self, samples):
         shape = len(samples), max(len(sample["input_ids"]) for sample in samples)
-        batch = {"input_ids": torch.full(shape, self.pad_token_id), "attention_mask": torch.zeros(shape, dtype=torch.long),
-                 "labels": torch.full(shape, IGNORED)}
+        batch = {"input_ids": torch.full(shape, self.pad_token_id), "labels": torch.full(shape, IGNORED),
+                 "attention_mask": torch.zeros(shape, dtype=torch.long)}
         for row, sample in enumerate(samples):
             length = len(sample["input_ids"])
             batch["input_ids"][row, :length] = torch.from_numpy(sample["input_ids"])
@@ -572,28 +513,6 @@ def load_tokenizer(path, cache_dir=None):
     return tokenizer
 
 
-def load_config(path, cache_dir=None):
-    """The model's config. Raises UserError where there is none to be had."""
-    if os.path.isfile(os.path.join(path, "adapter_config.json")) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise UserError(f"{path} is an adapter: give its base model as --model_name_or_path and this folder as "
-                        "--lora_weight_path")
-    if not os.path.isdir(path) and not could_be_on_the_hub(path):
-        raise UserError(f"--model_name_or_path {path}: no such folder")
-    try:
-        return AutoConfig.from_pretrained(path, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        where = "holds no usable model" if os.path.isdir(path) else "is no folder here and cannot be had from the Hub"
-        raise UserError(f"--model_name_or_path {path} {where}: {first_line(error)}") from error
-
-
-def could_be_on_the_hub(path):
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0]
-
-
 def is_base_model(path, tokenizer):
     """(bool, reason): whether the model was never trained on ChatML, so that its ChatML tokens mean nothing yet."""
     name = os.path.basename(os.path.normpath(path)).lower()
@@ -610,50 +529,6 @@ def is_base_model(path, tokenizer):
     return True, "its generation config does not end at <|im_end|>"
 
 
-def check_model(config, training_args, lora_args):
-    """Refuse what this model cannot do, and shorten what it cannot hold, while nothing is loaded yet."""
-    if getattr(config, "quantization_config", None) and not lora_args.q_lora:
-        raise UserError("this model is quantized: its weights cannot be trained. Add --q_lora to train adapters on it")
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and training_args.model_max_length > limit:
-        say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
-            f"{limit} is used")
-        training_args.model_max_length = limit
-    if not training_args.use_lora:
-        return
-    with torch.device("meta"):  # the network without its weights
-        names = {name.rpartition(".")[2] for name, _ in AutoModelForCausalLM.from_config(config).named_modules()}
-    missing = [name for name in lora_args.lora_target_modules if name.rpartition(".")[2] not in names]
-    if missing:
-        raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
-                        + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head")))))
-    if lora_args.lora_weight_path:
-        check_adapter_flags(lora_args)
-
-
-def check_adapter_flags(lora_args):
-    """A continued adapter keeps its own settings: flags that say otherwise would have no effect."""
-    from peft import PeftConfig
-
-    if not os.path.isdir(lora_args.lora_weight_path) and not could_be_on_the_hub(lora_args.lora_weight_path):
-        raise UserError(f"--lora_weight_path {lora_args.lora_weight_path}: no such folder")
-    try:
-        adapter = PeftConfig.from_pretrained(lora_args.lora_weight_path)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--lora_weight_path {lora_args.lora_weight_path}: no usable adapter there: "
-                        f"{first_line(error)}") from error
-    own = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout,
-           "lora_bias": adapter.bias, "lora_target_modules": sorted(adapter.target_modules)}
-    asked = {name: sorted(value) if isinstance(value, list) else value for name, value in vars(lora_args).items()}
-    default = vars(LoraArguments())
-    wrong = [f"--{name}: the adapter in --lora_weight_path has {value}" for name, value in own.items()
-             if getattr(lora_args, name) != default[name] and asked[name] != value]
-    if lora_args.lora_embeddings != "auto":
-        wrong.append("--lora_embeddings: the adapter in --lora_weight_path has its own")
-    if wrong:
-        raise UserError("\n       ".join(wrong) + "\n       A continued adapter keeps its settings: leave these out")
-
-
 def load_model(model_args, training_args, lora_args, config, tokenizer):
     """The model with its frozen weights in the compute precision and all weights that will be trained in fp32.
 
@@ -665,14 +540,17 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
     quantization = None
     if lora_args.q_lora and not getattr(config, "quantization_config", None):  # a quantized model brings its own
         quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir, quantization_config=quantization,
+            model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
+            quantization_config=quantization,
             dtype=compute if training_args.use_lora or keeps_own_fp32 else torch.float32,
             device_map={"": training_args.device} if lora_args.q_lora else None)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the weights in {model_args.model_name_or_path} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"the weights in {model_args.model_name_or_path} cannot be loaded: "
+                        f"{first_line(error)}") from error
     model.config.use_cache = False
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config.eos_token_id = [end for end in ends if end is not None]
@@ -703,7 +581,8 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
         tied = model.config.tie_word_embeddings
         tokens = sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
         model = get_peft_model(model, LoraConfig(
-            task_type="CAUSAL_LM", r=lora_args.lora_r, lora_alpha=lora_args.lora_alpha, lora_dropout=lora_args.lora_dropout,
+            task_type="CAUSAL_LM", r=lora_args.lora_r, lora_alpha=lora_args.lora_alpha,
+            lora_dropout=lora_args.lora_dropout,
             target_modules=lora_args.lora_target_modules, bias=lora_args.lora_bias,
             modules_to_save=(names[:1] if tied else names) if embeddings == "full" else None,
             trainable_token_indices={name: tokens for name in (names[:1] if tied else names)}
@@ -720,120 +599,18 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
     return model
 
 
-def describe_training(model, training_args, lora_args):
-    """What is trained, on what, in which precision, for how long: one table before the first step."""
-    counts = collections.Counter()
-    for parameter in model.parameters():
-        counts["all"] += parameter_count(parameter)
-        counts["trained"] += parameter_count(parameter) * parameter.requires_grad
-    method = "Q-LoRA (NF4)" if lora_args.q_lora else "LoRA" if training_args.use_lora else "full-parameter"
-    precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
-    batch = (training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-             * training_args.world_size)
-    return ["Training:", console.table([
-        ("method", method), ("precision", f"{precision}, trained weights and optimizer in fp32"),
-        ("device", f"{training_args.world_size} x {training_args.device.type}"), ("parameters", counts["all"]),
-        ("trained parameters", f"{counts['trained']:,} ({counts['trained'] / counts['all']:.2%})"),
-        ("samples per step", batch)]), ""]
-
-
-def parameter_count(parameter):
-    """Number of weights: ZeRO-3 keeps the whole shape in ds_shape, bitsandbytes packs two 4-bit weights in a byte."""
-    if hasattr(parameter, "ds_numel"):
-        return parameter.ds_numel
-    if type(parameter).__name__ == "Params4bit":
-        return math.prod(parameter.quant_state.shape)
-    return parameter.numel()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Train
 # ---------------------------------------------------------------------------------------------------------------------
 
-class QwenTrainer(Trainer):
-    """Trainer whose checkpoints are complete or recognisable as not, and which stops when the loss is no number."""
-
-    def __init__(self, *args, run, card, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.run, self.card = run, card
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(console.ProgressLines if self.args.disable_tqdm else console.ProgressBar)
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            # An adapter folder has neither of its own: chat programs look for both there.
-            self.model.generation_config.save_pretrained(output_dir)
-            with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
-                file.write(self.card)
-
-    def _save_checkpoint(self, model, trial):
-        if not torch.isfinite(self._tr_loss).all():
-            raise lost_loss(self.state.global_step)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)  # must not delete the last one before this one is complete
-        self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.write_manifest(
-                os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self.run)
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
-
-    def log(self, logs, start_time=None):
-        super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise lost_loss(self.state.global_step)
-
-    def save_result(self):
-        """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""
-        unfinished = os.path.join(self.args.output_dir, "result.unfinished")
-        self.save_model(unfinished)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            names = sorted(os.listdir(unfinished), key=lambda name: name in ("config.json", "adapter_config.json"))
-            for name in names:  # the config last: a folder without one does not pass for a model
-                os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
-            os.rmdir(unfinished)
-
-
-def lost_loss(step):
-    return UserError(f"the loss is not a number any more at step {step}; the checkpoints before it are whole. Usual "
-                     "causes: a learning rate too high for this model, or --fp16 where only --bf16 has the range.")
-
-
-def model_card(model_args, data_args, training_args, lora_args):
-    """README.md of the result, with the metadata that the Hugging Face Hub reads."""
-    method = "Q-LoRA" if lora_args.q_lora else "LoRA" if training_args.use_lora else "Full-parameter"
-    library = "peft" if training_args.use_lora else "transformers"
-    flags = {name: getattr(training_args, name) for name in (
-        "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
-        "model_max_length", "seed")}
-    if training_args.use_lora:
-        flags |= {name: getattr(lora_args, name) for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_embeddings")}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in flags.items())
-    return (f"---\nbase_model: {json.dumps(model_args.model_name_or_path)}\nlibrary_name: {library}\n"
-            "pipeline_tag: text-generation\n---\n\n"
-            f"{method} fine-tuning of `{model_args.model_name_or_path}` on "
-            f"{', '.join(f'`{os.path.basename(path)}`' for path in data_args.data_path)}; loss on "
-            f"{data_args.loss_on}. Prompts are ChatML, by this folder's chat template.\n\n"
-            f"| setting | value |\n|---|---|\n{rows}\n")
-
-
-def run_facts(model_args, data_args, training_args, lora_args, train, evaluation):
+def run_facts(data_args, training_args, lora_args, dataset):
     """What a resumed run must share with the checkpoint for its place in the data to mean the same."""
-    return {"data": hashlib.blake2b(np.ascontiguousarray(sorted_digests(train)), digest_size=8).hexdigest(),
-            "samples": len(train),
-            "samples per step": training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-            * training_args.world_size,
-            "model_max_length": training_args.model_max_length, "loss_on": data_args.loss_on, "seed": training_args.seed,
+    digests = (dataset.dataset.digests[dataset.indices] if isinstance(dataset, torch.utils.data.Subset)
+               else dataset.digests)
+    return {"data": hashlib.blake2b(np.ascontiguousarray(digests), digest_size=8).hexdigest(), "samples": len(dataset),
+            "samples per step": summary.samples_per_step(training_args), "seed": training_args.seed,
+            "model_max_length": training_args.model_max_length, "loss_on": data_args.loss_on,
             "use_lora": training_args.use_lora, "q_lora": lora_args.q_lora}
-
-
-def sorted_digests(dataset):
-    if isinstance(dataset, torch.utils.data.Subset):
-        return dataset.dataset.digests[dataset.indices]
-    return dataset.digests
 
 
 def train(argv):
@@ -841,13 +618,14 @@ def train(argv):
     model_args, data_args, training_args, lora_args = parse_arguments(argv)
     if training_args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
-    checkpoint, notices = checkpoints.checkpoint_to_resume(training_args.output_dir, training_args.resume_from_checkpoint)
+    checkpoint, notices = checkpoints.checkpoint_to_resume(
+        training_args.output_dir, training_args.resume_from_checkpoint)
     say(*[f"note: {notice}" for notice in notices])
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
-    check_model(config, training_args, lora_args)
+    check_model(config, training_args, lora_args, LoraArguments())
     tokenizer = load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
     train_dataset, eval_dataset = prepare_datasets(data_args, training_args, tokenizer)
-    run = run_facts(model_args, data_args, training_args, lora_args, train_dataset, eval_dataset)
+    run = run_facts(data_args, training_args, lora_args, train_dataset)
     if checkpoint:
         checkpoints.check_same_run(checkpoint, run)
         say(f"Going on from {checkpoint}")
@@ -856,34 +634,18 @@ def train(argv):
     model = load_model(model_args, training_args, lora_args, config, tokenizer)
     if training_args.use_lora:
         model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
-    say(*describe_training(model, training_args, lora_args))
+    say(*summary.before_training(model, training_args, lora_args))
 
-    trainer = QwenTrainer(
+    trainer = SafeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         data_collator=PadToLongest(tokenizer.pad_token_id), processing_class=tokenizer, run=run,
-        card=model_card(model_args, data_args, training_args, lora_args))
+        card=summary.model_card(model_args, data_args, training_args, lora_args))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = trainer.evaluate() if eval_dataset else {}
     trainer.save_result()
     trainer.save_state()
-    say(*summary(trainer, result, evaluated, training_args, lora_args))
+    say(*summary.after_training(trainer, result, evaluated))
     return trainer
-
-
-def summary(trainer, result, evaluated, training_args, lora_args):
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    out = training_args.output_dir
-    rows = [("steps", trainer.state.global_step), ("loss, last logged", f"{losses[-1]:.4f}" if losses else "none")]
-    if "eval_loss" in evaluated:
-        rows.append(("eval loss", f"{evaluated['eval_loss']:.4f}"))
-    tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen  # of this run, not before it
-    rows += [("tokens", tokens),
-             ("tokens/s", f"{tokens / result.metrics['train_runtime']:,.0f}"),
-             ("time", f"{result.metrics['train_runtime']:.1f} s"), ("result", out)]
-    lines = ["", "Done:", console.table(rows), f"  chat:  python chat.py {out}"]
-    if training_args.use_lora:
-        lines.append(f"  merge: python merge_lora.py --adapter_path {out} --output_dir {out}-merged")
-    return lines
 
 
 def main(argv):

@@ -2,8 +2,8 @@
 
 Trainer writes a checkpoint file by file; a kill in between leaves a folder that looks like one. So a manifest with the
 size of every file is written last, after every rank has finished, and a checkpoint without a manifest that holds is
-passed over on resume. Renaming a finished folder into place would be simpler, but upstream tried it twice and took it
-back: on several nodes the rename races with ranks that still write (huggingface/transformers#28009, #29484).
+passed over on resume. Renaming a finished folder into place would be simpler, but on several nodes the rename races
+with ranks that still write their part; transformers tried it twice and took it back.
 """
 
 import json
@@ -55,8 +55,8 @@ def checkpoints_in(output_dir):
     """checkpoint-N folders, newest (largest N) first."""
     if not os.path.isdir(output_dir):
         return []
-    found = [(int(match[1]), match[0]) for match in map(re.compile(r"checkpoint-(\d+)").fullmatch, os.listdir(output_dir))
-             if match]
+    matches = map(re.compile(r"checkpoint-(\d+)").fullmatch, os.listdir(output_dir))
+    found = [(int(match[1]), match[0]) for match in matches if match]
     return [os.path.join(output_dir, name) for _, name in sorted(found, reverse=True)]
 
 

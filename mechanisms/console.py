@@ -11,7 +11,7 @@ from transformers.trainer_callback import ProgressCallback
 
 def say(*lines):
     """Print on the first rank of all nodes only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if lines and int(os.environ.get("RANK", 0)) == 0:
         print(*lines, sep="\n", flush=True)
 
 

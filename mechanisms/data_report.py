@@ -7,7 +7,7 @@ from mechanisms.records import Problems
 
 
 class DataReport:
-    """Counts over one data set. `to_json`/`from_json` carry it in the token cache, so that a cached run says the same."""
+    """Counts over one data set; `to_json` and `from_json` carry it in the token cache: a cached run says the same."""
 
     def __init__(self):
         self.problems = Problems()
@@ -58,7 +58,8 @@ class DataReport:
             rows.append(("truncated", self.truncated))
         rows.append(("duplicates among the kept", self.duplicates))
         if self.counts_tokens and self.kept:
-            rows += [("tokens", self.tokens), ("trained tokens", f"{self.trained:,} ({self.trained / self.tokens:.1%})"),
+            rows += [("tokens", self.tokens),
+                     ("trained tokens", f"{self.trained:,} ({self.trained / self.tokens:.1%})"),
                      ("longest sample", self.longest), ("mean sample", f"{self.tokens / self.kept:.1f}")]
         lines = [title, table(rows)]
         if not self.counts_tokens:

@@ -158,7 +158,9 @@ def _lines(path, problems):
                 if number == 1 and _spans_lines(path):
                     yield from _concatenated(path, problems)
                     return
-                detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+                detail = str(error)
+                if isinstance(error, json.JSONDecodeError):
+                    detail = f"{error.msg} at column {error.colno}"
                 problems.add(place, [("not valid JSON", detail)], text)
                 continue
             yield place, record

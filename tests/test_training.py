@@ -48,7 +48,7 @@ def probe_logits(model, tokenizer):
 
 
 def check_result(folder, trainer):
-    """The folder loads with nothing but its name, says what the trained model says, and has all that inference needs."""
+    """The folder loads with nothing but its name, says what the trained model says, has all that inference needs."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     adapter = (folder / "adapter_config.json").exists()
     loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
@@ -121,6 +121,13 @@ def test_resume_continues_with_the_same_numbers(train, method, tmp_path, capsys)
     assert "Going on from" in capsys.readouterr().out
     assert losses(resumed) == whole  # the first three are in the state that was resumed, the others trained again
     assert list(out.glob("*.safetensors"))
+
+
+def test_the_same_command_after_the_end_changes_nothing(train, tmp_path):
+    train()
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert train().state.global_step == 6
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 def test_half_written_checkpoints_are_passed_over(train, tmp_path, capsys):

@@ -1,0 +1,80 @@
+"""What a run says of itself: before the first step, at the end, and in the model card."""
+
+import json
+import math
+import os
+
+from mechanisms.console import table
+
+
+def method_name(training_args, lora_args):
+    if lora_args.q_lora:
+        return "Q-LoRA"
+    return "LoRA" if training_args.use_lora else "Full-parameter"
+
+
+def samples_per_step(training_args):
+    """Samples behind one optimizer step, over all ranks."""
+    return (training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+            * training_args.world_size)
+
+
+def before_training(model, training_args, lora_args):
+    """What is trained, on what and in which precision, as lines."""
+    parameters = trained = 0
+    for parameter in model.parameters():
+        parameters += parameter_count(parameter)
+        trained += parameter_count(parameter) * parameter.requires_grad
+    precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
+    return ["Training:", table([
+        ("method", method_name(training_args, lora_args)),
+        ("precision", f"{precision}, trained weights and optimizer in fp32"),
+        ("device", f"{training_args.world_size} x {training_args.device.type}"), ("parameters", parameters),
+        ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),
+        ("samples per step", samples_per_step(training_args))]), ""]
+
+
+def parameter_count(parameter):
+    """Number of weights: ZeRO-3 keeps the whole count in ds_numel, bitsandbytes packs two 4-bit weights in a byte."""
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    if type(parameter).__name__ == "Params4bit":
+        return math.prod(parameter.quant_state.shape)
+    return parameter.numel()
+
+
+def after_training(trainer, result, evaluated):
+    """The numbers of the finished run and the commands that go on from it, as lines.
+
+    result: what `Trainer.train` returned; evaluated: the metrics of the last evaluation, or {}.
+    """
+    state, out = trainer.state, trainer.args.output_dir
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    tokens = state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen  # of this run, not those before it
+    rows = [("steps", state.global_step), ("loss, last logged", f"{losses[-1]:.4f}" if losses else "none")]
+    if "eval_loss" in evaluated:
+        rows.append(("eval loss", f"{evaluated['eval_loss']:.4f}"))
+    rows += [("tokens", tokens), ("tokens/s", f"{tokens / result.metrics['train_runtime']:,.0f}"),
+             ("time", f"{result.metrics['train_runtime']:.1f} s"), ("result", out)]
+    lines = ["", "Done:", table(rows), f"  chat:  python chat.py {out}"]
+    if trainer.args.use_lora:
+        lines.append(f"  merge: python merge_lora.py --adapter_path {out} --output_dir {out}-merged")
+    return lines
+
+
+def model_card(model_args, data_args, training_args, lora_args):
+    """README.md of the result, with the metadata that the Hugging Face Hub reads."""
+    flags = {name: getattr(training_args, name) for name in (
+        "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "model_max_length", "seed")}
+    if training_args.use_lora:
+        flags |= {name: getattr(lora_args, name)
+                  for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_embeddings")}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in flags.items())
+    data = ", ".join(f"`{os.path.basename(os.path.normpath(path))}`" for path in data_args.data_path)
+    return (f"---\nbase_model: {json.dumps(model_args.model_name_or_path)}\n"
+            f"library_name: {'peft' if training_args.use_lora else 'transformers'}\n"
+            "pipeline_tag: text-generation\n---\n\n"
+            f"{method_name(training_args, lora_args)} fine-tuning of `{model_args.model_name_or_path}` on {data}; "
+            f"loss on {data_args.loss_on}. Prompts are ChatML, by this folder's chat template.\n\n"
+            f"| setting | value |\n|---|---|\n{rows}\n")

@@ -1,0 +1,77 @@
+"""Trainer whose checkpoints are complete or recognisable as not, and which stops when the loss is no number."""
+
+import math
+import os
+
+import torch
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from mechanisms.checkpoints import write_manifest
+from mechanisms.console import ProgressBar, ProgressLines
+from mechanisms.errors import UserError
+
+
+class SafeTrainer(Trainer):
+    """transformers' Trainer, with the four things it leaves to luck done here.
+
+    Args (besides Trainer's):
+        run: facts a resumed run must share with its checkpoint (see `mechanisms.checkpoints.check_same_run`).
+        card: text of the model card that goes into every checkpoint and the result.
+    """
+
+    def __init__(self, *args, run, card, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.run, self.card = run, card
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(ProgressLines if self.args.disable_tqdm else ProgressBar)
+
+    def _run_epoch(self, *args, **kwargs):
+        # Resumed from its last checkpoint, a finished run would be trained one step too many: Trainer looks whether
+        # max_steps is reached after a step only. Can go when it looks before.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # An adapter folder gets neither from transformers: chat programs look for both there.
+            self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(output_dir)
+            with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
+                file.write(self.card)
+
+    def _save_checkpoint(self, model, trial):
+        if not torch.isfinite(self._tr_loss).all():
+            raise lost_loss(self.state.global_step)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)  # must not delete the last one before this one is complete
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self.run)
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise lost_loss(self.state.global_step)
+
+    def save_result(self):
+        """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""
+        unfinished = os.path.join(self.args.output_dir, "result.unfinished")
+        self.save_model(unfinished)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            names = sorted(os.listdir(unfinished), key=lambda name: name in ("config.json", "adapter_config.json"))
+            for name in names:  # the config last: a folder without one does not pass for a model
+                os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
+            os.rmdir(unfinished)
+
+
+def lost_loss(step):
+    return UserError(f"the loss is not a number any more at step {step}; the checkpoints before it are whole. Usual "
+                     "causes: a learning rate too high for this model, or --fp16 where only --bf16 has the range.")
