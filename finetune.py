@@ -13,9 +13,9 @@ The same command given again goes on from the newest complete checkpoint.
 
 import sys
 
-import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.flags import prepare_command_line
+from mechanisms.quiet import gptqmodel_hidden  # imported before torch: it sets what that reads
 
 if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
     with user_errors_end_the_program():
@@ -41,7 +41,7 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
-from mechanisms import checkpoints, console, summary
+from mechanisms import checkpoints, console, strategies, summary
 from mechanisms.checks import check_model, choose_precision, first_line, load_config
 from mechanisms.console import say
 from mechanisms.data_report import DataReport
@@ -111,8 +111,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL
         self.bf16, self.fp16 = choose_precision(self.bf16, self.fp16, self.use_cpu)
-        if isinstance(self.deepspeed, str) and not os.path.isfile(self.deepspeed):
-            raise UserError(f"--deepspeed {self.deepspeed}: no such file")
+        self.deepspeed = strategies.deepspeed_config(self.deepspeed)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter that is trained is used; searching costs time
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file gets plain lines
         super().__post_init__()
@@ -164,6 +165,7 @@ def parse_arguments(argv):
                      for lora_field, default in zip(dataclasses.fields(LoraArguments),
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
+    problems += strategies.impossible(training_args, lora_args)
     if problems:
         raise UserError("\n       ".join(problems))
     return model_args, data_args, training_args, lora_args
@@ -610,7 +612,7 @@ def run_facts(data_args, training_args, lora_args, dataset):
     return {"data": hashlib.blake2b(np.ascontiguousarray(digests), digest_size=8).hexdigest(), "samples": len(dataset),
             "samples per step": summary.samples_per_step(training_args), "seed": training_args.seed,
             "model_max_length": training_args.model_max_length, "loss_on": data_args.loss_on,
-            "use_lora": training_args.use_lora, "q_lora": lora_args.q_lora}
+            "use_lora": training_args.use_lora, "q_lora": lora_args.q_lora, **strategies.resume_facts(training_args)}
 
 
 def train(argv):
@@ -620,7 +622,8 @@ def train(argv):
         transformers.utils.logging.disable_progress_bar()
     checkpoint, notices = checkpoints.checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint)
-    say(*[f"note: {notice}" for notice in notices])
+    say(*[f"note: {notice}" for notice in notices + strategies.overridden_flags(training_args)])
+    strategies.join_ranks(training_args)
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
     check_model(config, training_args, lora_args, LoraArguments())
     tokenizer = load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
@@ -633,7 +636,8 @@ def train(argv):
     transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
     model = load_model(model_args, training_args, lora_args, config, tokenizer)
     if training_args.use_lora:
-        model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
+        with gptqmodel_hidden(not hasattr(config, "quantization_config")):
+            model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
     say(*summary.before_training(model, training_args, lora_args))
 
     trainer = SafeTrainer(

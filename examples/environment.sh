@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh. use_environment FILE: a virtual environment in .venv with the packages of a
 # requirements file, made on the first run and reused until the pins change.
 

@@ -9,6 +9,7 @@ with ranks that still write their part; transformers tried it twice and took it 
 import json
 import os
 import re
+import shlex
 
 from mechanisms.errors import UserError
 
@@ -109,6 +110,19 @@ def check_same_run(checkpoint, run):
     before = read_manifest(checkpoint)
     different = [f"{name}: {before[name]!r} in the checkpoint, {value!r} now" for name, value in run.items()
                  if name in before and before[name] != value]
-    if different:
-        raise UserError(f"{checkpoint} belongs to a run with other settings:\n       " + "\n       ".join(different)
-                        + "\n       Give the same settings to go on, or another --output_dir to start a new run.")
+    if not different:
+        return
+    advice = "Give the same settings to go on, or another --output_dir to start a new run."
+    if [line.split(":")[0] for line in different] == ["ranks"]:
+        part = os.path.join(checkpoint, f"global_step{os.path.basename(checkpoint).rpartition('-')[2]}")
+        advice = ("DeepSpeed's part of a checkpoint is cut for its number of ranks. To go on with another number, "
+                  f"convert it once:\n         {shlex.join(universal_command(part))}\n"
+                  '       and add "checkpoint": {"load_universal": true} to the --deepspeed config.')
+    raise UserError(f"{checkpoint} belongs to a run with other settings:\n       " + "\n       ".join(different)
+                    + f"\n       {advice}")
+
+
+def universal_command(part):
+    """The command that makes a checkpoint's DeepSpeed folder, checkpoint-N/global_stepN, fit any number of ranks."""
+    return ["python", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--input_folder", part,
+            "--output_folder", f"{part}_universal"]

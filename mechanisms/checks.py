@@ -4,7 +4,7 @@ import os
 import re
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from mechanisms.console import say
 from mechanisms.errors import UserError
@@ -65,8 +65,9 @@ def check_model(config, training_args, lora_args, lora_defaults):
         training_args.model_max_length = limit
     if not training_args.use_lora:
         return
-    with torch.device("meta"):  # the network without its weights
-        names = {name.rpartition(".")[2] for name, _ in AutoModelForCausalLM.from_config(config).named_modules()}
+    with torch.device("meta"):  # the network without its weights (from_config would share them out under ZeRO-3)
+        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    names = {name.rpartition(".")[2] for name, _ in network.named_modules()}
     missing = [name for name in lora_args.lora_target_modules if name.rpartition(".")[2] not in names]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "

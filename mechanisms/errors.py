@@ -1,25 +1,51 @@
 """How a mistake of the user ends a run: one clear message on stderr, exit code 2, no traceback."""
 
 import contextlib
+import json
+import os
 import sys
+import time
 
 
 class UserError(Exception):
     """Something the user can put right. The message says what is wrong, where, and what to do."""
 
 
+def first_to_fail(message):
+    """Whether this is the first process of this machine to fail; under torchrun, leave the message for its last line.
+
+    torchrun gives each process the name of an error file, .../attempt_N/LOCAL_RANK/error.json.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return True
+    try:
+        os.close(os.open(os.path.join(os.path.dirname(error_file), os.pardir, "failed"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    with open(error_file, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}, file)
+    return True
+
+
 @contextlib.contextmanager
 def user_errors_end_the_program():
     """Wrap a script's main: a `UserError` is printed and exits with 2, Ctrl-C exits with 130.
 
-    Every other exception keeps its traceback: it is our mistake, and the traceback is what we need to see.
+    Every other exception keeps its traceback: it is our mistake, and the traceback is what we need to see. Of several
+    processes on a machine, the first to fail speaks: the others fail because it did.
     """
     try:
         yield
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        if first_to_fail(f"error: {error}"):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if first_to_fail(f"{type(error).__name__}: {error}"):
+            raise
+        sys.exit(1)

@@ -2,7 +2,7 @@
 
 Importing torch, transformers and peft takes about ten seconds, too long to learn of a misspelt flag or to read
 `--help`. The flags are dataclass fields, so their names, defaults and help texts can be read from the source of the
-script and of `transformers.TrainingArguments` without running either.
+script, and of `transformers.TrainingArguments` if they inherit from it, without running either.
 """
 
 import ast
@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -43,7 +44,8 @@ def prepare_command_line(script, argv):
     """
     groups = _read_flags(script)
     known = {flag for fields in groups.values() for flag in fields}
-    known |= {f"no_{flag}" for flag in known} | set(RENAMED)
+    renamed = RENAMED if "transformers" in groups else {}
+    known |= {f"no_{flag}" for flag in known} | set(renamed)
     if "-h" in argv or "--help" in argv:
         _print_help(ast.get_docstring(ast.parse(_source(script))), groups)
         sys.exit(0)
@@ -52,20 +54,35 @@ def prepare_command_line(script, argv):
 
     prepared, problems = [], []
     for word in argv:
-        if not word.startswith("--"):
+        name, equals, value = word[2:].partition("=")
+        if not word.startswith("--") or not re.fullmatch(r"[\w-]+", name):  # "--message '-- who are you?'" has one flag
             prepared.append(word)
             continue
-        name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in known:
             problems.append(_unknown(f"--{name}", known))
-        new_name = RENAMED.get(name, name)
+        new_name = renamed.get(name, name)
         if new_name != name and name not in QUIETLY and int(os.environ.get("RANK", 0)) == 0:
             print(f"note: --{name} is read as --{new_name}, its name in transformers 5", file=sys.stderr)
-        prepared += [f"--{new_name}", value] if equals else [f"--{new_name}"]
+        prepared.append(f"--{new_name}{equals}{value}")
     if problems:
         raise UserError("\n       ".join(problems) + f"\n       All flags: python {os.path.basename(script)} --help")
     return prepared
+
+
+def parse_into(classes, argv):
+    """What `prepare_command_line` returned -> one instance of each dataclass, and the list of words beside the flags.
+
+    Raises UserError: a value that a flag does not take, or a required flag that is missing.
+    """
+    from transformers import HfArgumentParser
+
+    def refuse(message):
+        raise UserError(message)
+
+    parser = HfArgumentParser(classes, allow_abbrev=False)
+    parser.error = refuse
+    return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
 
 
 def _unknown(flag, known):
@@ -79,19 +96,27 @@ def _source(path):
 
 
 def _read_flags(script):
-    """{class name: {flag: (default as source text, help)}} of the script's dataclasses and of TrainingArguments."""
-    transformers_folder = os.path.dirname(importlib.util.find_spec("transformers").origin)
-    groups = {}
-    for path in (script, os.path.join(transformers_folder, "training_args.py")):
-        for node in ast.parse(_source(path)).body:
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments"):
-                group = "transformers" if path != script else node.name
-                groups[group] = {
-                    statement.target.id: _default_and_help(statement.value)
-                    for statement in node.body
-                    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-                }
+    """{class name: {flag: (default as source text, help)}} of the script's dataclasses.
+
+    If one of them inherits from TrainingArguments, the flags of that are under "transformers".
+    """
+    classes = _arguments_classes(script)
+    groups = {node.name: _fields(node) for node in classes}
+    if any("TrainingArguments" in ast.unparse(base) for node in classes for base in node.bases):
+        transformers_folder = os.path.dirname(importlib.util.find_spec("transformers").origin)
+        for node in _arguments_classes(os.path.join(transformers_folder, "training_args.py")):
+            groups["transformers"] = _fields(node)
     return groups
+
+
+def _arguments_classes(path):
+    return [node for node in ast.parse(_source(path)).body
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
+
+
+def _fields(node):
+    return {statement.target.id: _default_and_help(statement.value) for statement in node.body
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)}
 
 
 def _default_and_help(value):
@@ -104,25 +129,26 @@ def _default_and_help(value):
         key.value: entry.value
         for key, entry in zip(metadata.keys, metadata.values) if isinstance(entry, ast.Constant)
     } if isinstance(metadata, ast.Dict) else {}
-    default = keywords.get("default")
-    return (ast.unparse(default) if default is not None else "none"), texts.get("help", "")
+    default = "none" if "default_factory" in keywords else "required"
+    if "default" in keywords:
+        default = ast.unparse(keywords["default"])
+    return default, texts.get("help", "")
 
 
 def _print_help(docstring, groups):
     width = min(shutil.get_terminal_size().columns, 110)
     print(docstring)
+    others = set(groups.pop("transformers", ()))
     for group, flags in groups.items():
-        if group == "transformers":
-            continue
         print(f"\n{group.removesuffix('Arguments')}:")
         for flag, (default, text) in flags.items():
             print(f"  --{flag}")
-            text = f"{text} (default: {default})".strip()
+            text = f"{text} ({default if default == 'required' else f'default: {default}'})".strip()
             print(textwrap.fill(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8))
-    ours = {flag for group, flags in groups.items() if group != "transformers" for flag in flags}
-    others = ", ".join(sorted(set(groups["transformers"]) - ours))
-    print("\nEvery other flag of transformers.TrainingArguments works as well:")
-    print(textwrap.fill(others, width, initial_indent="  ", subsequent_indent="  "))
+    others -= {flag for flags in groups.values() for flag in flags}
+    if others:
+        print("\nEvery other flag of transformers.TrainingArguments works as well:")
+        print(textwrap.fill(", ".join(sorted(others)), width, initial_indent="  ", subsequent_indent="  "))
 
 
 def _flags_of_file(path, known):

@@ -3,6 +3,7 @@
 Everything here names its reason and when it can go.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -19,9 +20,42 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+# gptqmodel does not import on a machine with two cores unless it is told that they are enough.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
 # Bars that redraw themselves fill a log file with fragments.
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 # peft asks the model under the name it had before transformers 5.23. Can go with the next peft.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+# DeepSpeed calls collectives under their old names. Can go when it has moved on.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+
+# Trainer leaves gradient accumulation to DeepSpeed, and accelerate remarks on it in every run.
+logging.getLogger("accelerate.accelerator").addFilter(
+    lambda record: "Gradient accumulation steps mismatch" not in record.getMessage())
+
+
+@contextlib.contextmanager
+def gptqmodel_hidden(hidden):
+    """While peft wraps a model that is not GPTQ: it would import gptqmodel to see whether a layer is one of its own.
+
+    That costs seconds, prints a banner and sets CUDA's environment. Can go when peft looks at sys.modules first.
+    """
+    if not hidden:
+        yield
+        return
+    from peft.import_utils import is_gptqmodel_available
+
+    imported = sys.modules.get("gptqmodel")
+    sys.modules["gptqmodel"] = None  # as if it were not installed
+    is_gptqmodel_available.cache_clear()
+    try:
+        yield
+    finally:
+        del sys.modules["gptqmodel"]
+        if imported is not None:
+            sys.modules["gptqmodel"] = imported
+        is_gptqmodel_available.cache_clear()

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shlex
 
 from mechanisms.console import table
+from mechanisms.strategies import strategy_name
 
 
 def method_name(training_args, lora_args):
@@ -29,7 +31,8 @@ def before_training(model, training_args, lora_args):
     return ["Training:", table([
         ("method", method_name(training_args, lora_args)),
         ("precision", f"{precision}, trained weights and optimizer in fp32"),
-        ("device", f"{training_args.world_size} x {training_args.device.type}"), ("parameters", parameters),
+        ("device", f"{training_args.world_size} x {training_args.device.type}, {strategy_name(training_args)}"),
+        ("parameters", parameters),
         ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),
         ("samples per step", samples_per_step(training_args))]), ""]
 
@@ -56,9 +59,10 @@ def after_training(trainer, result, evaluated):
         rows.append(("eval loss", f"{evaluated['eval_loss']:.4f}"))
     rows += [("tokens", tokens), ("tokens/s", f"{tokens / result.metrics['train_runtime']:,.0f}"),
              ("time", f"{result.metrics['train_runtime']:.1f} s"), ("result", out)]
-    lines = ["", "Done:", table(rows), f"  chat:  python chat.py {out}"]
+    lines = ["", "Done:", table(rows), f"  chat:  python chat.py {shlex.quote(out)}"]
     if trainer.args.use_lora:
-        lines.append(f"  merge: python merge_lora.py --adapter_path {out} --output_dir {out}-merged")
+        lines.append(f"  merge: python merge_lora.py --adapter_path {shlex.quote(out)} "
+                     f"--output_dir {shlex.quote(out + '-merged')}")
     return lines
 
 

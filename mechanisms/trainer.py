@@ -4,7 +4,7 @@ import math
 import os
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -13,8 +13,15 @@ from mechanisms.console import ProgressBar, ProgressLines
 from mechanisms.errors import UserError
 
 
+class LogLastStep(TrainerCallback):
+    """The last step is logged whatever --logging_steps is: its loss is what one looks for."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps
+
+
 class SafeTrainer(Trainer):
-    """transformers' Trainer, with the four things it leaves to luck done here.
+    """transformers' Trainer, with what it leaves to luck done here.
 
     Args (besides Trainer's):
         run: facts a resumed run must share with its checkpoint (see `mechanisms.checkpoints.check_same_run`).
@@ -26,6 +33,7 @@ class SafeTrainer(Trainer):
         self.run, self.card = run, card
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.add_callback(LogLastStep)
         self.add_callback(ProgressLines if self.args.disable_tqdm else ProgressBar)
 
     def _run_epoch(self, *args, **kwargs):

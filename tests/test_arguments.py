@@ -96,7 +96,8 @@ def test_names_of_the_original_are_understood(capsys):
 def test_defaults_of_the_original():
     _, data, training, lora = parse_arguments(["--data_path", "x"])
     assert (training.optim, training.model_max_length, training.use_lora) == ("adamw_torch", 8192, False)
-    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_bias, lora.q_lora) == (64, 16, 0.05, "none", False)
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_bias) == (64, 16, 0.05, "none")
+    assert lora.q_lora is False
     assert data.lazy_preprocess is False
     assert parse_arguments(["--data_path", "x", "--q_lora"])[2].use_lora  # q_lora implies use_lora
 
@@ -139,7 +140,7 @@ def bad_data(folder):
 
 @pytest.mark.parametrize("case", list(bad_data(None)))
 def test_bad_data_stops_before_any_weight_is_loaded(case, tmp_path, make_model, cache_dir, capsys, monkeypatch):
-    monkeypatch.setattr(finetune.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights loaded"))
+    monkeypatch.setattr(finetune.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     content, message = bad_data(tmp_path)[case]
     if content is not None:
         (tmp_path / "data").write_bytes(content)
@@ -153,7 +154,8 @@ def test_bad_data_stops_before_any_weight_is_loaded(case, tmp_path, make_model, 
 
 
 @pytest.mark.parametrize("case, message", [
-    ("nowhere/at/all", "no such folder"), ("no config", "holds no usable model"), ("no tokenizer", "no usable tokenizer"),
+    ("nowhere/at/all", "no such folder"), ("no config", "holds no usable model"),
+    ("no tokenizer", "no usable tokenizer"),
     ("no weights", "cannot be loaded"), ("cut weights", "cannot be loaded"), ("adapter", "--lora_weight_path")])
 def test_models_that_are_not_there(case, message, tmp_path, make_model, cache_dir, capsys):
     import shutil

@@ -92,7 +92,8 @@ def test_sharegpt_function_calls():
 
 
 def test_extra_keys_and_unanswered_ends_are_counted():
-    record = {"messages": [*MESSAGES["messages"], {"role": "user", "content": "and?", "mood": 3}], "lang": "ko", "id": 1}
+    unanswered = {"role": "user", "content": "and?", "mood": 3}
+    record = {"messages": [*MESSAGES["messages"], unanswered], "lang": "ko", "id": 1}
     conversation, notices = shape(record)
     assert conversation.messages == MESSAGES["messages"]
     assert notices == {"key 'lang' of the record": 1, "key 'mood' of a message": 1, "unanswered last message": 1}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import unicodedata
+from collections import Counter
 
 import pytest
 from transformers import AutoTokenizer
@@ -28,12 +29,7 @@ def conversation(*turns, **record):
     """conversation("question", "answer", ...) with further keys of the record."""
     roles = itertools.cycle(["user", "assistant"])
     turns = [turn if isinstance(turn, dict) else {"role": next(roles), "content": turn} for turn in turns]
-    return to_conversation({"messages": turns, **record}, notices=_Counts())
-
-
-class _Counts(dict):
-    def __missing__(self, key):
-        return 0
+    return to_conversation({"messages": turns, **record}, notices=Counter())
 
 
 def trained_text(tokenizer, sample):
@@ -80,8 +76,8 @@ def test_trained_ids_of_every_real_record_are_the_assistants_words(real, real_da
     name, tokenizer, encoder = real
     problems, conversations = Problems(), []
     for path in find_files([str(real_data / "datasets" / file) for file in REAL_FILES[shape]], problems):
-        for place, record in read_records(path, problems):
-            conversations.append(to_conversation(record, _Counts()))
+        for _, record in read_records(path, problems):
+            conversations.append(to_conversation(record, Counter()))
     assert not problems.rejected and not problems.fatal
     assert len(conversations) >= (200 if shape in ("conversations", "instruction") else 100)
     for conversation, sample in zip(conversations, encoder.batch(conversations)):
@@ -98,12 +94,14 @@ def test_real_records_in_the_messages_shape(real, real_data):
     path = str(real_data / "datasets/conversations/xiaozhi_chat.json")
     for _, record in itertools.islice(read_records(path, Problems()), 600):
         messages = [{"role": turn["from"], "content": turn["value"]} for turn in record["conversations"]]
-        assert encoder(to_conversation({"messages": messages}, _Counts())) == encoder(to_conversation(record, _Counts()))
+        rewritten = to_conversation({"messages": messages}, Counter())
+        assert encoder(rewritten) == encoder(to_conversation(record, Counter()))
 
 
 def test_batch_and_single_encoding_are_the_same(tiny):
     _, encoder = tiny
-    conversations = [conversation("q", "a"), conversation("你好", "好<|im_end|>", "再", "见"), conversation("q", "\n\na")]
+    conversations = [conversation("q", "a"), conversation("你好", "好<|im_end|>", "再", "见"),
+                     conversation("q", "\n\na")]
     assert encoder.batch(conversations) == [encoder(c) for c in conversations]
 
 
@@ -261,7 +259,7 @@ def test_argument_named_like_a_control_token_is_refused(tiny):
 def test_example_data_is_usable(tiny):
     from examples.make_tiny_model import EXAMPLES
 
-    problems, notices = Problems(), _Counts()
+    problems, notices = Problems(), Counter()
     tokenizer, encoder = tiny
     for path in find_files([str(EXAMPLES / "data"), str(EXAMPLES / "persona.jsonl")], problems):
         for _, record in read_records(path, problems):

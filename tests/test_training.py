@@ -29,8 +29,9 @@ def train(make_model, cache_dir, tmp_path):
 
     def run(*flags, model=None, data=DATA):
         out = [] if "--output_dir" in flags else ["--output_dir", str(tmp_path / "out")]
-        return finetune.train(prepare_command_line(finetune.__file__, ["--model_name_or_path", str(model or make_model()), "--data_path", data,
-                               "--cache_dir", str(cache_dir), *FEW_STEPS, *out, *map(str, flags)]))
+        return finetune.train(prepare_command_line(finetune.__file__, [
+            "--model_name_or_path", str(model or make_model()), "--data_path", data, "--cache_dir", str(cache_dir),
+            *FEW_STEPS, *out, *map(str, flags)]))
 
     return run
 

@@ -1,0 +1,94 @@
+"""One process, DDP, ZeRO-2, ZeRO-3, FSDP: what each needs before the model is loaded, and what cannot work."""
+
+import os
+import socket
+
+from mechanisms.errors import UserError
+
+
+def deepspeed_config(value):
+    """The value of --deepspeed as Trainer takes it: None, or the path of a config.
+
+    "" and "none" mean no DeepSpeed (the launchers give one; this takes it back). A name that is no file here may be one
+    of the configs beside finetune.py. Under DeepSpeed a single process started without torchrun gets the environment
+    that torchrun would set, or DeepSpeed would look for MPI. Raises UserError for a path that does not exist.
+    """
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("", "none"):
+        return None
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), value)
+    path = next((path for path in (value, beside) if os.path.isfile(path)), None)
+    if path is None:
+        raise UserError(f"--deepspeed {value}: no such file")
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return path
+
+
+def _deepspeed(training_args):
+    """transformers' view of the DeepSpeed config, or None (it sets the attribute under DeepSpeed only)."""
+    return getattr(training_args, "hf_deepspeed_config", None)
+
+
+def strategy_name(training_args):
+    """How the work is shared, in the words of the field."""
+    deepspeed = _deepspeed(training_args)
+    if deepspeed:
+        return f"ZeRO-{deepspeed.config.get('zero_optimization', {}).get('stage', 0)}"
+    return "FSDP" if training_args.fsdp else "DDP" if training_args.world_size > 1 else "one process"
+
+
+def resume_facts(training_args):
+    """What of the strategy a checkpoint is bound to: DeepSpeed's hold one part per rank, the others are whole."""
+    deepspeed = _deepspeed(training_args)
+    if not deepspeed:
+        return {"sharding": "FSDP" if training_args.fsdp else "none"}
+    facts = {"sharding": strategy_name(training_args)}
+    if not deepspeed.config.get("checkpoint", {}).get("load_universal"):
+        facts["ranks"] = training_args.world_size
+    return facts
+
+
+def impossible(training_args, lora_args):
+    """Combinations that cannot work, each as a line that names the flag to change."""
+    problems, deepspeed = [], _deepspeed(training_args)
+    if training_args.deepspeed and training_args.fsdp:
+        problems.append("--deepspeed and --fsdp exclude each other: give one")
+    if training_args.fsdp and training_args.use_cpu:
+        problems.append("--fsdp needs GPUs: without one the libraries train unsharded and do not say so. Leave it out "
+                        "(DDP), or use --deepspeed ds_config_zero3.json, which shards on CPUs too")
+    if lora_args.q_lora and (training_args.fsdp or deepspeed and deepspeed.is_zero3()):
+        flag = "--fsdp" if training_args.fsdp else f"--deepspeed {training_args.deepspeed}"
+        problems.append(f"{flag}: weights quantized for --q_lora cannot be sharded. Use ds_config_zero2.json (each GPU "
+                        "holds the 4-bit model), or --use_lora with ds_config_zero3.json")
+    if deepspeed:
+        problems += [f"--deepspeed {training_args.deepspeed}: {line.strip(' -')}; say \"auto\" there"
+                     for line in deepspeed.mismatches]
+    return problems
+
+
+def overridden_flags(training_args):
+    """What a user's DeepSpeed config takes out of the command line's hands, as lines."""
+    if not _deepspeed(training_args):
+        return []
+    config, name, lines = _deepspeed(training_args).config, training_args.deepspeed, []
+    if "optimizer" in config:
+        lines.append(f"{name} has its own optimizer, {config['optimizer'].get('type')}: "
+                     f"--optim {training_args.optim.value} has no effect")
+    if "scheduler" in config:
+        lines.append(f"{name} has its own scheduler, {config['scheduler'].get('type')}: "
+                     f"--lr_scheduler_type {training_args.lr_scheduler_type.value} has no effect")
+    return lines
+
+
+def join_ranks(training_args):
+    """Connect the processes of this run: ZeRO-3 splits the weights while they are loaded, so it must know them all."""
+    if training_args.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo" if training_args.use_cpu else "nccl")
+    return training_args.device

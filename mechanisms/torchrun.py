@@ -1,0 +1,34 @@
+"""torchrun, but a failed run ends with one message, that of the rank that failed first, not a page of ChildFailedError.
+
+Only the first rank of a machine to fail leaves an error file (mechanisms/errors.py): the others fail because it did.
+"""
+
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+BROUGHT_DOWN = (-signal.SIGTERM, -signal.SIGABRT)  # by torchrun and by NCCL, because another rank had failed
+
+
+def first_failure(failures):
+    """{rank: ProcessFailure} -> (rank, failure): one that was killed, else one with a message, else the earliest."""
+    return min(failures.items(), key=lambda item: (
+        item[1].exitcode >= 0 or item[1].exitcode in BROUGHT_DOWN, item[1].error_file == "<N/A>", item[1].timestamp))
+
+
+try:
+    run(parse_args(None))
+except SignalException as stopped:
+    sys.exit(128 + stopped.sigval)
+except ChildFailedError as error:
+    rank, failure = first_failure(error.failures)
+    message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    if failure.exitcode < 0:
+        message = f"killed by {signal.Signals(-failure.exitcode).name}"
+    if failure.exitcode == -signal.SIGKILL:
+        message += ", as the kernel does when memory runs out (dmesg)"
+    print(f"rank {rank} failed first: {message}", file=sys.stderr)
+    sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

@@ -1,0 +1,207 @@
+"""Every method under every strategy, for real: two gloo ranks, and the numbers of one process.
+
+The matrix in README.md is the one that this file runs (`test_readme_shows_this_matrix`).
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finetune
+from examples.make_tiny_model import EXAMPLES
+from mechanisms import checkpoints
+
+ROOT = Path(finetune.__file__).parent
+LORA = ["--lora_r", "8", "--lora_dropout", "0"]  # no dropout: ranks draw other random numbers than one process
+METHODS = {"full": [], "LoRA": ["--use_lora", *LORA], "Q-LoRA": ["--q_lora", *LORA]}
+STRATEGIES = {"one process": None, "DDP": None, "ZeRO-2": "ds_config_zero2.json", "ZeRO-3": "ds_config_zero3.json",
+              "ZeRO-2 offload": "ds_config_zero2_offload.json", "ZeRO-3 offload": "ds_config_zero3_offload.json"}
+REFUSED = {("ZeRO-3", "Q-LoRA"), ("ZeRO-3 offload", "Q-LoRA")}  # the library cannot shard quantized weights
+STEPS = 10
+RESUMED = ("full, chat", "LoRA, base")
+
+
+def torchrun(arguments, ranks=2, timeout=600, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "mechanisms/torchrun.py"), "--nproc_per_node", str(ranks), *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, cwd=ROOT, env={**os.environ, **environment})
+
+
+def cell_argv(strategy, method, model, out, cache_dir):
+    config = STRATEGIES[strategy]
+    accumulation = 4 if strategy == "one process" else 2
+    argv = ["--model_name_or_path", model, "--data_path", EXAMPLES / "data", "--output_dir", out,
+            "--cache_dir", cache_dir, "--max_steps", STEPS, "--save_steps", 5, "--logging_steps", 1,
+            "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", accumulation,
+            "--learning_rate", "5e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", 2, "--weight_decay", 0.1,
+            *METHODS[method], *(["--deepspeed", config] if config else [])]
+    return [str(word) for word in argv]
+
+
+@pytest.fixture(scope="module")
+def matrix(make_model, cache_dir, tmp_path_factory):
+    """{strategy: {cell: what tests/ranks.py reports}}: one start of the ranks per strategy."""
+    folder = tmp_path_factory.mktemp("matrix")
+    models = {"chat": make_model(base=False), "base": make_model(base=True)}
+    results = {}
+    for strategy in STRATEGIES:
+        cells = {}
+        for method in METHODS:
+            for kind, model in models.items():
+                out = folder / f"{strategy} {method} {kind}"
+                cells[f"{method}, {kind}"] = {"argv": cell_argv(strategy, method, model, out, cache_dir)}
+        for name in RESUMED:
+            argv = cells[name]["argv"]
+            last = Path(argv[argv.index("--output_dir") + 1]) / f"checkpoint-{STEPS}"
+            cells[name + ", resumed"] = {"argv": argv, "remove": [str(last)]}
+        (folder / "cells.json").write_text(json.dumps(cells))
+        run = torchrun(["tests/ranks.py", folder / "cells.json", folder / "results.json"],
+                       ranks=1 if strategy == "one process" else 2)
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        results[strategy] = json.loads((folder / "results.json").read_text())
+        for name, cell in cells.items():
+            results[strategy][name]["out"] = cell["argv"][cell["argv"].index("--output_dir") + 1]
+    return results
+
+
+def numbers(result):
+    assert "error" not in result, result["error"]
+    return [(entry["loss"], entry["grad_norm"], entry["learning_rate"]) for entry in result["log"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["chat", "base"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_cell_trains_to_the_same_numbers_and_its_result_loads(matrix, strategy, method, kind):
+    result = matrix[strategy][f"{method}, {kind}"]
+    if (strategy, method) in REFUSED:
+        assert "cannot be sharded" in result["error"] and "ds_config_zero2.json" in result["error"]
+        assert not Path(result["out"]).exists()
+        return
+    wrapped = {"one process": None, "DDP": "DistributedDataParallel"}.get(strategy, "DeepSpeedEngine")
+    assert wrapped is None or result["wrapped"] == wrapped
+    alone = numbers(matrix["one process"][f"{method}, {kind}"])
+    assert len(alone) == STEPS and alone[-1][0] < alone[0][0]
+    for step, (found, expected) in enumerate(zip(numbers(result), alone, strict=True), 1):
+        assert found == pytest.approx(expected, rel=1e-4), f"step {step}"
+    assert [rate for *_, rate in alone] == pytest.approx(expected_rates())
+    loader = AutoModelForCausalLM if method == "full" else AutoPeftModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(result["out"])
+    logits = []
+    for out in (result["out"], matrix["one process"][f"{method}, {kind}"]["out"]):
+        model = loader.from_pretrained(out, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits.append(model(torch.tensor([tokenizer("Who are you?")["input_ids"]])).logits)
+    assert torch.allclose(*logits, atol=2e-3)
+    assert not isinstance(checkpoints.read_manifest(Path(result["out"]) / "checkpoint-5"), str)
+
+
+def expected_rates():
+    """Cosine with 2 steps of warm-up, from its formula: the rate that each of the steps was taken with."""
+    from math import cos, pi
+
+    return [5e-3 * (step / 2 if step < 2 else 0.5 * (1 + cos(pi * (step - 2) / (STEPS - 2)))) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("cell", RESUMED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resume_is_exact_under_every_strategy(matrix, strategy, cell):
+    resumed, whole = numbers(matrix[strategy][cell + ", resumed"]), numbers(matrix[strategy][cell])
+    if "offload" in strategy:  # DeepSpeed's Adam for CPUs multiplies its bias correction up step by step
+        assert resumed == [pytest.approx(step, rel=1e-5) for step in whole]
+    else:
+        assert resumed == whole
+
+
+def matrix_table():
+    """README's table."""
+    rows = ["| | " + " | ".join(METHODS) + " |", "|---|" + "---|" * len(METHODS)]
+    for strategy in STRATEGIES:
+        cells = ["refused" if (strategy, method) in REFUSED else "yes" for method in METHODS]
+        rows.append(f"| {strategy} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def test_readme_shows_this_matrix():
+    assert matrix_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_tokens_are_made_once_and_read_by_the_other_ranks(make_model, tmp_path):
+    argv = cell_argv("DDP", "LoRA", make_model(), tmp_path / "out", tmp_path / "cache")
+    run = torchrun(["finetune.py", *argv, "--max_steps", "1"])
+    assert run.returncode == 0, run.stderr
+    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
+    assert run.stdout.count("First sample") == 1 and run.stdout.count("Done:") == 1  # only rank 0 speaks
+
+
+def test_another_number_of_ranks_goes_on_by_the_command_that_the_refusal_names(matrix, make_model, cache_dir, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(matrix["ZeRO-2"]["full, chat"]["out"], out)
+    shutil.rmtree(out / f"checkpoint-{STEPS}")
+    argv = cell_argv("ZeRO-2", "full", make_model(base=False), out, cache_dir)
+    argv[argv.index("--gradient_accumulation_steps") + 1] = "4"
+    refused = torchrun(["finetune.py", *argv], ranks=1)
+    assert refused.returncode == 2 and "ranks: 2 in the checkpoint, 1 now" in refused.stderr
+    [command] = [line for line in refused.stderr.splitlines() if "ds_to_universal" in line]
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True, cwd=ROOT)
+    config = {**json.loads((ROOT / "ds_config_zero2.json").read_text()), "checkpoint": {"load_universal": True}}
+    (tmp_path / "universal.json").write_text(json.dumps(config))
+    went_on = torchrun(["finetune.py", *argv, "--deepspeed", tmp_path / "universal.json"], ranks=1)
+    assert went_on.returncode == 0, went_on.stderr
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    for found, expected in zip(numbers({"log": log}), numbers(matrix["ZeRO-2"]["full, chat"]), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--fsdp", "full_shard"], "--fsdp needs GPUs"),
+    (["--deepspeed", "own.json"], "gradient_clipping"),
+])
+def test_what_cannot_work_is_refused_before_anything_loads(flags, message, make_model, cache_dir, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 7,
+                                                   "train_micro_batch_size_per_gpu": "auto"}))
+    flags = [str(tmp_path / flag) if flag == "own.json" else flag for flag in flags]
+    argv = cell_argv("DDP", "LoRA", make_model(), tmp_path / "out", cache_dir)
+    run = torchrun(["finetune.py", *argv, *flags])
+    assert run.returncode == 2 and message in run.stderr
+    assert run.stderr.count("error: ") <= 2 and "ChildFailedError" not in run.stderr and "Traceback" not in run.stderr
+    assert "Data (train)" not in run.stdout
+
+
+def test_the_tutorials_configuration_under_the_deepspeed_launcher(make_model, cache_dir, tmp_path):
+    """ZeRO-2, both offloads, AdamW, WarmupDecayLR, fp16 auto, as DeepSpeed's and Hugging Face's tutorials have it.
+
+    Its Adam for CPUs is compiled on the first run, which takes minutes.
+    """
+    offload = {"device": "cpu", "pin_memory": True}
+    (tmp_path / "cfg.json").write_text(json.dumps({
+        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+        "optimizer": {"type": "AdamW", "params": {
+            "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {
+            "total_num_steps": "auto", "warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+        "zero_optimization": {"stage": 2, "offload_optimizer": offload, "offload_param": offload},
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto"}))
+    launcher = Path(sys.executable).parent / "deepspeed"
+    run = subprocess.run(
+        [str(launcher), "--num_gpus", "2", "--master_port", "29761", "finetune.py", "--deepspeed",
+         str(tmp_path / "cfg.json"), "--model_name_or_path", str(make_model()), "--data_path", str(EXAMPLES / "data"),
+         "--output_dir", str(tmp_path / "out"), "--cache_dir", str(cache_dir), "--max_steps", "4",
+         "--logging_steps", "1", "--warmup_steps", "2", "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine"],
+        capture_output=True, text=True, timeout=1800, cwd=ROOT,
+        env={**os.environ, "PATH": f"{launcher.parent}:{os.environ['PATH']}"})
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "has its own optimizer, AdamW: --optim adamw_torch has no effect" in run.stdout
+    assert "has its own scheduler, WarmupDecayLR: --lr_scheduler_type cosine has no effect" in run.stdout
+    assert "2 x cpu, ZeRO-2" in run.stdout
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
