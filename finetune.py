@@ -417,8 +417,9 @@ def load_dataset(files, encoder, data_args, training_args):
         return load_lazily(files, encoder, report), report
     flags = {"max_length": encoder.max_length, "loss_on": encoder.loss_on, "overlong": encoder.overlong}
     here = os.path.dirname(os.path.abspath(__file__))
-    sources = [os.path.join(here, name) for name in ("finetune.py", "mechanisms/records.py",
-                                                     "mechanisms/record_shapes.py", "mechanisms/token_cache.py")]
+    sources = [os.path.join(here, name) for name in (
+        "finetune.py", "mechanisms/data_report.py", "mechanisms/record_shapes.py", "mechanisms/records.py",
+        "mechanisms/template_probe.py", "mechanisms/token_cache.py")]
     cache_root = training_args.cache_dir or os.path.join(HF_HOME, "finetune_tokens")
     with training_args.main_process_first(desc="tokenizing"):
         folder = os.path.join(cache_root, "tokens-" + cache_key(files, encoder.tokenizer, flags, sources))

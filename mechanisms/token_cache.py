@@ -19,7 +19,7 @@ def cache_key(files, tokenizer, flags, sources):
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in [*files, *sources]:
-        digest.update(os.path.basename(path).encode() + b"\0")
+        digest.update(path.encode("utf-8", "surrogateescape") + b"\0")  # problems are reported with it
         with open(path, "rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
@@ -72,8 +72,12 @@ class TokenCache:
             np.asarray(digests, np.uint64).tofile(os.path.join(unfinished, "digests.uint64"))
             with open(os.path.join(unfinished, "report.json"), "w", encoding="utf-8") as file:
                 json.dump(make_report(), file, ensure_ascii=False)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(unfinished, folder)
+            try:
+                os.replace(unfinished, folder)
+            except OSError:  # another node or run that shares the cache was first
+                if not TokenCache.exists(folder):
+                    raise
+                shutil.rmtree(unfinished)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise

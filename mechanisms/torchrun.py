@@ -30,5 +30,6 @@ except ChildFailedError as error:
         message = f"killed by {signal.Signals(-failure.exitcode).name}"
     if failure.exitcode == -signal.SIGKILL:
         message += ", as the kernel does when memory runs out (dmesg)"
-    print(f"rank {rank} failed first: {message}", file=sys.stderr)
+    first_line = str(message).split("\n")[0]  # the rank itself has said the rest
+    print(f"rank {rank} failed first: {first_line}", file=sys.stderr)
     sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

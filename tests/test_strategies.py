@@ -47,30 +47,38 @@ def cell_argv(strategy, method, model, out, cache_dir):
     return [str(word) for word in argv]
 
 
-@pytest.fixture(scope="module")
-def matrix(make_model, cache_dir, tmp_path_factory):
-    """{strategy: {cell: what tests/ranks.py reports}}: one start of the ranks per strategy."""
-    folder = tmp_path_factory.mktemp("matrix")
-    models = {"chat": make_model(base=False), "base": make_model(base=True)}
-    results = {}
-    for strategy in STRATEGIES:
+class Matrix(dict):
+    """{strategy: {cell: what tests/ranks.py reports}}, each strategy run when it is first asked for, its ranks started
+    once for all of its cells."""
+
+    def __init__(self, models, cache_dir, folder):
+        super().__init__()
+        self.models, self.cache_dir, self.folder = models, cache_dir, folder
+
+    def __missing__(self, strategy):
         cells = {}
         for method in METHODS:
-            for kind, model in models.items():
-                out = folder / f"{strategy} {method} {kind}"
-                cells[f"{method}, {kind}"] = {"argv": cell_argv(strategy, method, model, out, cache_dir)}
+            for kind, model in self.models.items():
+                out = self.folder / f"{strategy} {method} {kind}"
+                cells[f"{method}, {kind}"] = {"argv": cell_argv(strategy, method, model, out, self.cache_dir),
+                                              "out": str(out)}
         for name in RESUMED:
-            argv = cells[name]["argv"]
-            last = Path(argv[argv.index("--output_dir") + 1]) / f"checkpoint-{STEPS}"
-            cells[name + ", resumed"] = {"argv": argv, "remove": [str(last)]}
-        (folder / "cells.json").write_text(json.dumps(cells))
-        run = torchrun(["tests/ranks.py", folder / "cells.json", folder / "results.json"],
-                       ranks=1 if strategy == "one process" else 2)
+            last = Path(cells[name]["out"]) / f"checkpoint-{STEPS}"
+            cells[name + ", resumed"] = {**cells[name], "remove": [str(last)]}
+        (self.folder / "cells.json").write_text(json.dumps(cells))
+        run = torchrun(["tests/ranks.py", self.folder / "cells.json", self.folder / "results.json"],
+                       ranks=1 if strategy == "one process" else 2, timeout=1200)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-        results[strategy] = json.loads((folder / "results.json").read_text())
+        self[strategy] = json.loads((self.folder / "results.json").read_text())
         for name, cell in cells.items():
-            results[strategy][name]["out"] = cell["argv"][cell["argv"].index("--output_dir") + 1]
-    return results
+            self[strategy][name]["out"] = cell["out"]
+        return self[strategy]
+
+
+@pytest.fixture(scope="module")
+def matrix(make_model, cache_dir, tmp_path_factory):
+    models = {"chat": make_model(base=False), "base": make_model(base=True)}
+    return Matrix(models, cache_dir, tmp_path_factory.mktemp("matrix"))
 
 
 def numbers(result):
