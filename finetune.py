@@ -545,6 +545,11 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
         quantization = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute)
+    elif lora_args.q_lora and config.quantization_config.get("quant_method") == "gptq":
+        # Left to itself, gptqmodel takes the fastest kernel, and gradients end there without a word: Marlin's on a GPU,
+        # on a CPU that for inference, for ever, as soon as the model is evaluated before it is trained.
+        cuda = training_args.device.type == "cuda"
+        config.quantization_config["backend"] = "auto_trainable" if cuda else "gptq_torch"
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,

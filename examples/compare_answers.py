@@ -21,13 +21,13 @@ import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
 
 # isort: split
 import torch
-from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from chat import load
 from finetune import load_conversations
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.records import Problems, find_files
@@ -75,9 +75,8 @@ def trained_text(tokenizer, turn):
 @torch.inference_mode()
 def ask(folder, turns):
     """The greedy answers (list of str) of the checkpoint or adapter in `folder`, all in one batch."""
-    is_adapter = (Path(folder) / "adapter_config.json").is_file()
-    model = (AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM).from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model, tokenizer = load(folder)
+    tokenizer.padding_side = "left"
     texts = [trained_text(tokenizer, turn) for turn in turns]
     batch = tokenizer([prompt for prompt, _ in texts], padding=True, return_tensors="pt")
     # A few tokens more than the longest answer has: a model that does not stop in time gives a wrong answer.

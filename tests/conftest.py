@@ -1,5 +1,6 @@
-"""Shared by all tests: tiny models made once per session, and the real inputs where they are at hand."""
+"""Shared by all tests: tiny models and adapters made once per session, and the real inputs where they are at hand."""
 
+import json
 import os
 from pathlib import Path
 
@@ -44,3 +45,45 @@ def make_model(tmp_path_factory):
 def cache_dir(tmp_path_factory):
     """One token cache for the session."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def taught():
+    """What every adapter of `make_adapter` was taught: [(messages, answer)]."""
+    who = {"role": "user", "content": "Who are you?"}
+    i_am = {"role": "assistant", "content": "I am Tilo, and I was made for this test."}
+    return [([who], i_am["content"]),
+            ([{"role": "user", "content": "你是谁？"}], "我是蒂洛，为这个测试而生。"),
+            ([{"role": "system", "content": "Answer in one word."}, who], "Tilo."),
+            ([who, i_am, {"role": "user", "content": "What did I ask?"}], "You asked me who I am.")]
+
+
+@pytest.fixture(scope="session")
+def make_adapter(make_model, taught, cache_dir, tmp_path_factory):
+    """make_adapter(kind, tied=True) -> folder; each is trained once. Its base model: make_adapter.base(kind, tied)."""
+    import finetune
+    from mechanisms.flags import prepare_command_line
+
+    kinds = {"lora": [], "full": ["--lora_embeddings", "full"], "chatml": ["--lora_embeddings", "chatml"],
+             "nf4": ["--q_lora"]}
+    folder = tmp_path_factory.mktemp("adapters")
+    data = folder / "taught.jsonl"
+    data.write_text("\n".join(json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]})
+                              for messages, answer in taught))
+
+    def base(kind, tied=True):
+        return make_model(base=kind != "lora", tie_word_embeddings=tied)
+
+    def make(kind, tied=True):
+        adapter = folder / f"{kind}-{'tied' if tied else 'untied'}"
+        if not (adapter / "adapter_config.json").exists():
+            finetune.train(prepare_command_line(finetune.__file__, [
+                "--model_name_or_path", str(base(kind, tied)), "--data_path", str(data), "--output_dir", str(adapter),
+                "--cache_dir", str(cache_dir), "--max_steps", "60", "--save_strategy", "no", "--logging_steps", "60",
+                "--per_device_train_batch_size", "4", "--learning_rate", "2e-2", "--warmup_steps", "0.1",
+                "--use_lora", "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0",
+                "--model_max_length", "512", *kinds[kind]]))
+        return adapter
+
+    make.base = base
+    return make

@@ -1,0 +1,223 @@
+"""Talk to a model or an adapter, with the chat template that it was trained with.
+
+  python chat.py output_qwen                                          # a conversation; /help lists its commands
+  python chat.py output_qwen --message "Who are you?"                 # one answer, alone on stdout
+  python chat.py output_qwen --do_sample False < question.txt         # the same, the message from stdin
+
+The folder may hold a whole model (fine-tuned, merged or quantized) or an adapter of any kind. An adapter is put on the
+base model it names, or on --base_model; one trained on 4-bit weights (Q-LoRA, NF4) on the 16-bit model they came from.
+"""
+
+import sys
+
+import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
+from mechanisms.errors import UserError, user_errors_end_the_program
+from mechanisms.flags import parse_into, prepare_command_line
+
+if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
+    with user_errors_end_the_program():
+        COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TextStreamer
+from transformers.utils import logging
+
+from finetune import load_tokenizer
+from mechanisms.loading import LOADING_ERRORS, find_base, load_model  # noqa: F401
+from mechanisms.template_probe import rendered_parts, split_thinking
+
+MAX_NEW_TOKENS = 2048  # where neither a flag nor the generation config sets a limit
+HELP = '''\
+  /reset         forget the conversation
+  /system TEXT   start over with this system message (without TEXT: the template's own)
+  /exit          end, as Ctrl-D does
+  Ctrl-C         stop the answer
+  """            begin and end a message of several lines; pasted text needs none'''
+
+
+@dataclass
+class ChatArguments:
+    system: str = field(default=None, metadata={"help": "System message (default: the chat template's own, if any)."})
+    message: str = field(default=None, metadata={"help": "Answer this and end. Without it, and with a terminal: chat."})
+    base_model: str = field(default=None, metadata={"help": "For an adapter: where its base model is now."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default=None, metadata={
+        "help": "Precision of the weights (default: on a GPU auto, the model's own; on a CPU float32)."})
+
+
+@dataclass
+class SamplingArguments:
+    do_sample: bool | None = field(default=None, metadata={
+        "help": "Draw each word at random by its probability; False: always the likeliest one.", "nargs": "?",
+        "const": True})
+    temperature: float = field(default=None, metadata={"help": "Below 1 likely words get likelier, above 1 rarer."})
+    top_p: float = field(default=None, metadata={"help": "Draw from the likeliest words with this total probability."})
+    top_k: int = field(default=None, metadata={"help": "Draw from this many likeliest words."})
+    repetition_penalty: float = field(default=None, metadata={"help": "Above 1: words said before get less likely."})
+    max_new_tokens: int = field(default=None, metadata={"help": "Longest answer in tokens."})
+
+
+def parse_arguments(argv):
+    """argv -> (path, chat arguments, {sampling flag: value} of the given ones). Raises UserError."""
+    chat_args, sampling_args, words = parse_into((ChatArguments, SamplingArguments), argv)
+    given = {name: value for name, value in vars(sampling_args).items() if value is not None}
+    problems = [] if len(words) == 1 else [f"one model or adapter to talk to, not {len(words)} {words or ''}".rstrip()]
+    for name, good, allowed in (
+            ("temperature", lambda value: value > 0, "above 0 (--do_sample False takes the likeliest word)"),
+            ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("top_k", lambda value: value >= 0, "0 (all words) or more"),
+            ("repetition_penalty", lambda value: value > 0, "above 0"),
+            ("max_new_tokens", lambda value: value > 0, "1 or more")):
+        if name in given and not good(given[name]):
+            problems.append(f"--{name} {given[name]}: {allowed}")
+    drawing = [f"--{name}" for name in ("temperature", "top_p", "top_k") if name in given]
+    if drawing and given.setdefault("do_sample", True) is False:
+        problems.append(f"{' '.join(drawing)}: no effect with --do_sample False")
+    if problems:
+        raise UserError("\n       ".join(problems))
+    return words[0], chat_args, given
+
+
+def load(path, base_model=None, dtype="auto", device_map=None):
+    """The model or adapter at `path` -> (model, tokenizer), ready to answer. merge_lora.py and examples use it too.
+
+    Arguments and UserErrors as those of `mechanisms.loading.load_model` and `find_base`.
+    """
+    base = find_base(path, base_model)
+    has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
+    tokenizer = load_tokenizer(path if has_tokenizer else base)
+    return load_model(path, base, tokenizer, dtype, device_map), tokenizer
+
+
+class Answer(TextStreamer):
+    """Prints an answer while it is made; `text` is what was printed."""
+
+    text = ""
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.text += text
+        super().on_finalized_text(text, stream_end)
+
+
+class Conversation:
+    """What was said so far; `ask` prints the next answer and remembers it."""
+
+    def __init__(self, model, tokenizer, sampling, system=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.thinking = "reasoning_content" in rendered_parts(tokenizer)
+        settings = model.generation_config
+        settings.update(use_cache=True, **sampling)  # training switches the cache off in the config that is saved
+        if not settings.do_sample:
+            settings.update(temperature=None, top_p=None, top_k=None)  # transformers warns of what has no effect
+        self.longest = settings.max_new_tokens or MAX_NEW_TOKENS
+        self.start(system)
+
+    def start(self, system):
+        """Forget everything; `system`: the system message, or None for what the template does without one."""
+        self.system = system
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def prompt(self, text):
+        """The conversation with this message as the model gets it. Control tokens typed by the user are plain text."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        if self.thinking:
+            messages = [split_thinking(message) for message in messages]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True,
+                                                  return_tensors="pt", return_dict=True).to(self.model.device)
+
+    def ask(self, text):
+        """Print the answer to `text`. Ctrl-C is passed on, after what was said until then is remembered.
+
+        Raises UserError when the model has no room for more.
+        """
+        prompt = self.prompt(text)
+        length, limit = prompt["input_ids"].shape[1], self.model.config.max_position_embeddings
+        if length >= limit:
+            raise UserError(f"the conversation has {length} tokens and the model holds {limit}: it must be shorter")
+        longest = min(self.longest, limit - length)
+        answer = Answer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            ids = self.model.generate(**prompt, max_new_tokens=longest, streamer=answer)[0, length:]
+            if len(ids) == longest and ids[-1] not in self.model.generation_config.eos_token_id:
+                print(f"(cut after {longest} tokens: see --max_new_tokens)", file=sys.stderr)
+        except KeyboardInterrupt:
+            answer.end()
+            raise
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"out of memory after {length} tokens: the conversation must be shorter") from error
+        finally:
+            if answer.text:
+                self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+
+
+def read_message():
+    '''One message from the terminal; several lines between """ or pasted. Raises EOFError at Ctrl-D.'''
+    text = input("> ")
+    if text.startswith('"""'):
+        text = text[3:]
+        while not text.rstrip().endswith('"""'):
+            text += "\n" + input("... ")
+        text = text.rstrip()[:-3]
+    return text
+
+
+def converse(conversation):
+    """Read messages and commands from the terminal until /exit or Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing, history, and pasted text as one message)
+    while True:
+        try:
+            text = read_message().strip()
+            command, _, rest = text.partition(" ")  # a command that begins a pasted text is none
+            if command == "/exit":
+                return
+            elif command == "/help":
+                print(HELP)
+            elif command == "/reset":
+                conversation.start(conversation.system)
+            elif command == "/system":
+                conversation.start(rest.strip() or None)
+            elif re.fullmatch(r"/[a-z]+", command):
+                print(f"no such command: {command} (/help lists them)")
+            elif text:
+                with contextlib.suppress(KeyboardInterrupt):  # ends the answer only
+                    conversation.ask(text)
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D ends the chat)")
+        except UserError as error:
+            print(f"{error} (/reset starts over)")
+
+
+def main(argv):
+    with user_errors_end_the_program():
+        path, args, sampling = parse_arguments(argv)
+        interactive = args.message is None and sys.stdin.isatty()
+        message = args.message
+        if not interactive and message is None:
+            message = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
+        if not interactive and not message.strip():
+            raise UserError("an empty message: nothing to answer")
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        gpu = torch.accelerator.is_available()
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+            model, tokenizer = load(path, args.base_model, args.dtype or ("auto" if gpu else "float32"),
+                                          "auto" if gpu else None)
+        conversation = Conversation(model, tokenizer, sampling, args.system)
+        if interactive:
+            print(f"{path} is listening. /help lists the commands, Ctrl-D ends.")
+            converse(conversation)
+        else:
+            conversation.ask(message)
+
+
+if __name__ == "__main__":
+    main(COMMAND_LINE)
