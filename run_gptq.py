@@ -1,0 +1,328 @@
+"""Quantize a model to 8, 4, 3 or 2 bits with GPTQ: one folder that loads as it stands, measured before it is named.
+
+  python run_gptq.py --model_name_or_path merged --data_path chats.jsonl --out_path merged-Int4
+  python run_gptq.py --model_name_or_path merged --data_path chats.jsonl --out_path merged-Int8 --bits 8
+
+The model is calibrated on the conversations as finetune.py would train on them: give the data that it was trained on,
+or data like what it will be asked. Some of the records are held back; the perplexity on their trained tokens tells what
+the rounding costs. An adapter has to be merged first (merge_lora.py).
+
+Everything is written into merged-Int4.unfinished, loaded again from there, measured, and only then renamed: after a
+kill there is no `merged-Int4`, or a whole one. A model that the rounding has broken gets no name either (exit code 1).
+"""
+
+import sys
+
+import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
+from mechanisms.errors import UserError, user_errors_end_the_program
+from mechanisms.flags import parse_into, prepare_command_line
+
+if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
+    with user_errors_end_the_program():
+        COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
+
+import collections
+import contextlib
+import datetime
+import gc
+import io
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging
+
+from finetune import IGNORED, ConversationEncoder, load_conversations, load_tokenizer
+from mechanisms.checks import first_line, load_config
+from mechanisms.console import counted, say, table
+from mechanisms.loading import LOADING_ERRORS
+from mechanisms.record_shapes import BadRecord
+from mechanisms.records import Problems, find_files
+from mechanisms.serving import serving_hints
+
+SEED = 42  # of the draw of the calibration records
+HELD_BACK = 0.1, 64  # share of the records that perplexity is measured on, and how many at most
+GROUP_SIZES = 16, 32, 64, 128, 256, 512, 1024  # what the kernels know, beside -1: one group for a whole row
+# By how much perplexity may grow, by bits. Sound models of 7B and more lose 1 % at 8 bits, 5 % at 4, a fifth at 3, and
+# grow sixfold at 2; the smallest ones lose several times as much. A broken model guesses: its perplexity is near the
+# size of its vocabulary, hundreds of times what it was.
+LARGEST_RATIO = {8: 1.5, 4: 2, 3: 5, 2: 50}
+
+
+@dataclass
+class QuantizeArguments:
+    model_name_or_path: str = field(metadata={"help": "Folder or Hugging Face Hub name of a 16- or 32-bit model."})
+    data_path: list[str] = field(metadata={"help": "Calibration data, as finetune.py takes it."})
+    out_path: str = field(metadata={"help": "Folder to make. It must not exist, or be empty."})
+    max_len: int = field(default=8192, metadata={"help": "Longer conversations are cut to this many tokens."})
+    bits: int = field(default=4, metadata={"help": "Bits per weight: 8, 4, 3 or 2."})
+    group_size: int = field(default=128, metadata={
+        "help": "Weights of a row that share a scale; smaller is more exact and larger on disk. -1: a whole row."})
+    max_samples: int = field(default=512, metadata={"help": "Conversations to calibrate on, drawn with a fixed seed."})
+    desc_act: bool = field(default=False, metadata={
+        "help": "Round the columns with the largest inputs first: a little more exact, slower to serve."})
+    skip_bad_rows: int = field(default=0, metadata={
+        "help": "Leave out up to this many unusable records; they go to rejected.jsonl."})
+
+
+class BrokenModel(Exception):
+    """The quantized model is of no use. The message says what was measured."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before: everything that can be refused without loading a weight
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_arguments(argv):
+    """argv -> QuantizeArguments. Raises UserError with everything that is wrong with them."""
+    args, words = parse_into((QuantizeArguments,), argv)
+    problems = [f"{word!r} belongs to no flag" for word in words]
+    if args.bits not in LARGEST_RATIO:
+        problems.append(f"--bits {args.bits}: GPTQ has {', '.join(map(str, LARGEST_RATIO))}")
+    for name in ("max_len", "max_samples"):
+        if getattr(args, name) < 1:
+            problems.append(f"--{name} {getattr(args, name)}: at least 1")
+    if os.path.exists(args.out_path) and (not os.path.isdir(args.out_path) or os.listdir(args.out_path)):
+        problems.append(f"--out_path {args.out_path} is not empty: give another, or move it away")
+    if problems:
+        raise UserError("\n       ".join(problems))
+    return args
+
+
+def check_model(args):
+    """The config of the model. Raises UserError if it cannot be quantized, or not with this --group-size."""
+    path = args.model_name_or_path
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        merged = os.path.normpath(path) + "-merged"
+        raise UserError(f"{path} is an adapter: merge it into its base model first, then quantize the result:\n"
+                        f"       python merge_lora.py --adapter_path {shlex.quote(path)} --output_dir "
+                        f"{shlex.quote(merged)}\n       and then --model_name_or_path {shlex.quote(merged)}")
+    config = load_config(path)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(f"{path} is quantized already ({getattr(method, 'value', method).upper()}): give the 16-bit "
+                        "model that it was made from")
+    with torch.device("meta"):
+        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    widths = {module.in_features for name, module in network.named_modules()
+              if isinstance(module, torch.nn.Linear) and ".layers." in name}
+    possible = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+    if args.group_size not in (-1, *possible):
+        raise UserError(f"--group-size {args.group_size} does not work with this model, whose layers have input widths "
+                        f"of {', '.join(map(str, sorted(widths)))}; possible: "
+                        + ", ".join(map(str, [*possible, "-1 (one group for a whole row)"])))
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and args.max_len > limit:
+        say(f"note: --max_len {args.max_len} is more than the model's {limit} positions: {limit} is used")
+        args.max_len = limit
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+def prepare_samples(args, tokenizer, problems):
+    """-> (calibration, held back): lists of `finetune.Sample`, the same ones each time, none in both.
+
+    Raises UserError as finetune.py does, with every problem of the data.
+    """
+    encoder = ConversationEncoder(tokenizer, args.max_len)
+    conversations = load_conversations(find_files(args.data_path, problems), problems, collections.Counter())
+    distinct = {}
+    for place, conversation in counted(conversations, "reading", "records"):
+        distinct.setdefault(conversation.digest(), (place, conversation))
+    drawn = list(distinct.values())
+    random.Random(SEED).shuffle(drawn)
+    share, most = HELD_BACK
+    held_back = max(1, min(most, int(share * len(drawn)), int(share * args.max_samples)))
+    samples = []
+    for place, conversation in drawn:
+        try:
+            sample = encoder(conversation)
+        except BadRecord as bad:
+            problems.add(place, bad.args[0], conversation._asdict())
+            continue
+        if sample.input_ids:  # something to learn
+            samples.append(sample)
+        if len(samples) == held_back + args.max_samples:
+            break
+    problems.stop_or_skip(args.skip_bad_rows)
+    if len(samples) < 2:
+        raise UserError(f"the data has {len(samples)} different conversations with an answer within --max_len; it "
+                        "takes two at least: one to calibrate on and one to measure with")
+    return samples[held_back:], samples[:held_back]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantize
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def measure(folder, samples):
+    """(perplexity on the trained tokens of the samples, bytes) of the model in `folder`, loaded for this and freed."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map="auto" if torch.accelerator.is_available() else None).eval()
+    except LOADING_ERRORS as error:
+        raise UserError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
+    loss = count = 0
+    for sample in samples:
+        ids, labels = (torch.tensor(values, device=model.device) for values in sample[:2])
+        places = (labels[1:] != IGNORED).nonzero()[:, 0]  # whose next token is trained; the others need no logits
+        logits = model(input_ids=ids[None], logits_to_keep=places).logits[0].float()
+        loss += cross_entropy(logits, labels[places + 1].to(logits.device), reduction="sum").item()
+        count += len(places)
+    size = model.get_memory_footprint()
+    del model
+    gc.collect()
+    return math.exp(min(loss / count, 700)), size  # exp(709) is the largest that there is; NaN stays NaN
+
+
+class Progress:
+    """GPTQModel calls it after each layer: a bar on a terminal, lines with the time left in a log file."""
+
+    def __init__(self, layers):
+        self.layers, self.done, self.start = layers, 0, time.time()
+        self.bar = tqdm(total=layers, desc="quantizing", unit=" layers") if sys.stderr.isatty() else None
+
+    def layer_complete(self, layer_idx, submodule_finalized):
+        if layer_idx < self.done:  # each is reported twice: rounded, and packed
+            return
+        self.done = layer_idx + 1
+        if self.bar:
+            self.bar.update()
+        else:
+            left = (time.time() - self.start) / self.done * (self.layers - self.done)
+            say(f"layer {self.done}/{self.layers}  left {datetime.timedelta(seconds=round(left))}")
+
+
+def quantize(args, folder, samples, layers):
+    """Quantize the model on the samples and write weights and config into `folder`."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        from gptqmodel import GPTQModel, QuantizeConfig
+        from gptqmodel.looper import loop_processor
+        from gptqmodel.utils import logger
+
+    logger._suppress_live_renderables = lambda: True  # a dozen nested bars; `Progress` says what there is to know
+    scratch = os.path.join(folder, "scratch")  # beside the result: the system's folder may be small
+    loop_processor._PROJECT_LOG_DIR = Path(scratch)  # else a folder `logs` wherever the user happens to be
+    model = GPTQModel.load(args.model_name_or_path, QuantizeConfig(
+        bits=args.bits, group_size=args.group_size, desc_act=args.desc_act, act_group_aware=not args.desc_act,
+        sym=True, damp_percent=0.01, offload_to_disk_path=scratch))
+    model.layer_callback = Progress(layers)
+    model.quantize([{"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)}
+                    for sample in samples], batch_size=1, calibration_data_min_length=1)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the config
+        model.save(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def complete(args, folder, tokenizer):
+    """Everything else that inference needs, and nothing that says where the model was made."""
+    for name in ("config.json", "quantize_config.json"):
+        path = os.path.join(folder, name)
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+        settings.get("quantization_config", settings)["meta"].pop("offload_to_disk_path", None)
+        if name == "config.json":
+            settings.update(use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        write(folder, name, json.dumps(settings, indent=2) + "\n")
+    if os.path.exists(log := os.path.join(folder, "quant_log.csv")):
+        os.remove(log)
+    tokenizer.save_pretrained(folder)
+    try:
+        generation = GenerationConfig.from_pretrained(args.model_name_or_path)
+    except OSError:  # the model has none
+        generation = GenerationConfig()
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if tokenizer.eos_token_id not in ends:  # a base model's does not know where turns end
+        generation.eos_token_id = [tokenizer.eos_token_id, *(end for end in ends if end is not None)]
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.save_pretrained(folder)
+
+
+def write(folder, name, text):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def model_card(args, samples, before, after):
+    """README.md of the quantized folder."""
+    base = args.model_name_or_path
+    return (f"---\nbase_model: {json.dumps(base)}\nbase_model_relation: quantized\nlibrary_name: transformers\n"
+            f"pipeline_tag: text-generation\n---\n\n`{base}` in {args.bits} bits (GPTQ, groups of {args.group_size}"
+            f"{', desc_act' if args.desc_act else ''}), calibrated on {samples} conversations. Prompts are ChatML, by "
+            "this folder's chat template.\n\n"
+            f"Perplexity on held-back conversations: {before:.4f} before, {after:.4f} after.\n")
+
+
+def run(argv):
+    """The whole run. Raises UserError for what the user can put right, BrokenModel if the result is of no use."""
+    args = parse_arguments(argv)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    config = check_model(args)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    problems = Problems()
+    samples, held_back = prepare_samples(args, tokenizer, problems)
+    folder = os.path.normpath(args.out_path)
+    unfinished = folder + ".unfinished"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run left
+        os.makedirs(unfinished)
+    except OSError as error:
+        raise UserError(f"--out_path: {unfinished} cannot be written: {error.strerror}") from error
+    if problems.rejected:
+        problems.write(os.path.join(unfinished, "rejected.jsonl"))
+    say(f"Calibrating on {len(samples):,} conversations, {sum(len(sample.input_ids) for sample in samples):,} tokens; "
+        f"{len(held_back):,} held back to measure with")
+    before, size_before = measure(args.model_name_or_path, held_back)
+    if not math.isfinite(before):
+        raise UserError(f"{args.model_name_or_path} itself is broken: its perplexity on the data is {before}")
+    say(f"Perplexity before: {before:.4f}")
+    quantize(args, unfinished, samples, config.num_hidden_layers)
+    complete(args, unfinished, tokenizer)
+    gc.collect()
+    after, _ = measure(unfinished, held_back)
+    size_after = sum(file.stat().st_size for file in os.scandir(unfinished) if file.name.endswith(".safetensors"))
+    say("", table([("perplexity before", f"{before:.4f}"),
+                   ("perplexity after", f"{after:.4f} (x {after / before:.3f})"),
+                   ("size before", f"{size_before / 1e6:,.1f} MB"),
+                   ("size after", f"{size_after / 1e6:,.1f} MB ({size_after / size_before:.0%})")]))
+    if not after <= before * LARGEST_RATIO[args.bits]:  # NaN is no number that is too large
+        raise BrokenModel(
+            f"the quantized model is broken: its perplexity on the held-back conversations is {after:.4g}, the model's "
+            f"own {before:.4g}, and {LARGEST_RATIO[args.bits]} times that is the most that {args.bits} bits may cost.\n"
+            f"       {folder} was not written; {unfinished} holds the faulty result. What helps: more or other data "
+            "(it must be like what the model was trained on), a smaller --group-size, more --bits")
+    write(unfinished, "README.md", model_card(args, len(samples), before, after))
+    os.replace(unfinished, folder)
+    chat, vllm, *_ = serving_hints(folder, False)
+    say("", f"Done: {folder}", chat, vllm,
+        f"  Q-LoRA:     python finetune.py --q_lora --model_name_or_path {shlex.quote(folder)} --data_path ...",
+        "  llama.cpp and Ollama have their own formats: convert the 16-bit model for them")
+
+
+def main(argv):
+    with user_errors_end_the_program():
+        try:
+            run(argv)
+        except BrokenModel as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(COMMAND_LINE)
