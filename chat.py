@@ -29,7 +29,7 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from finetune import load_tokenizer
-from mechanisms.loading import LOADING_ERRORS, find_base, load_model  # noqa: F401
+from mechanisms.loading import find_base, load_model
 from mechanisms.template_probe import rendered_parts, split_thinking
 
 MAX_NEW_TOKENS = 2048  # where neither a flag nor the generation config sets a limit

@@ -130,11 +130,12 @@ def find_full_base(args):
     return base
 
 
-def make_empty(folder):
-    """Make the folder, or clear what a killed run left in it. Raises UserError if that cannot be done."""
+def clear(folder):
+    """Remove what a killed run left at `folder`. Raises UserError if no folder can be made there."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         os.makedirs(folder)
+        os.rmdir(folder)
     except OSError as error:
         raise UserError(f"--output_dir: {folder} cannot be made: {error.strerror}") from error
 
@@ -190,8 +191,9 @@ def merge_weights(model):
 
 
 def save(folder, model, tokenizer, args, base):
-    """Write everything that the merged model needs into `folder`. Returns `Reference.digests`."""
-    size, free = sum(parameter.nbytes for parameter in model.parameters()), shutil.disk_usage(folder).free
+    """Write everything that the merged model needs into the new folder `folder`. Returns `Reference.digests`."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(folder))).free
     if free < size:
         raise UserError(f"--output_dir: the model needs {size / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free")
     model.config.use_cache = True  # training switches it off
@@ -313,7 +315,7 @@ def merge(argv):
         logging.disable_progress_bar()
     folder = os.path.normpath(args.output_dir)
     unfinished = folder + ".unfinished"
-    make_empty(unfinished)  # what cannot be written is worth knowing before the work
+    clear(unfinished)
     say(f"Loading {base} and {args.adapter_path}")
     model, tokenizer = load(args.adapter_path, args.base_model, args.dtype)
     generation = model.generation_config

@@ -178,15 +178,15 @@ chat.main(sys.argv[1:])
 
     def until(self, text, seconds=120):
         """What is written until `text` appears, without terminal codes and carriage returns."""
-        seen, end = "", time.time() + seconds
+        raw, seen, end = b"", "", time.time() + seconds
         while text not in seen:
             if not select.select([self.terminal], [], [], max(0, end - time.time()))[0]:
                 raise TimeoutError(f"{text!r} does not appear in {seen!r}")
             try:
-                data = os.read(self.terminal, 1024)
+                raw += os.read(self.terminal, 1024)
             except OSError:  # the program has ended
                 raise EOFError(f"{text!r} does not appear in {seen!r}") from None
-            seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", seen + data.decode("utf-8", "replace"))
+            seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", raw.decode("utf-8", "replace"))
         return seen
 
     def type(self, text):

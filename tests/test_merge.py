@@ -303,6 +303,7 @@ def test_what_cannot_be_merged(case, message, make_adapter, make_model, tmp_path
     with pytest.raises(UserError, match=message):
         merge(adapter, out, *flags)
     assert out.is_file() or not out.exists()
+    assert not Path(f"{out}.unfinished").exists()
 
 
 @pytest.mark.parametrize("trained", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["lm_head"]},
