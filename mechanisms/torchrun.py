@@ -26,10 +26,13 @@ except SignalException as stopped:
 except ChildFailedError as error:
     rank, failure = first_failure(error.failures)
     message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-    if failure.exitcode < 0:
-        message = f"killed by {signal.Signals(-failure.exitcode).name}"
-    if failure.exitcode == -signal.SIGKILL:
+    code = failure.exitcode
+    if code in BROUGHT_DOWN and failure.error_file != "<N/A>":  # it had said why, but another rank was faster to exit
+        code = 2 if message.startswith("error: ") else 1
+    if code < 0:
+        message = f"killed by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
         message += ", as the kernel does when memory runs out (dmesg)"
     first_line = str(message).split("\n")[0]  # the rank itself has said the rest
     print(f"rank {rank} failed first: {first_line}", file=sys.stderr)
-    sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    sys.exit(code if code > 0 else 128 - code)

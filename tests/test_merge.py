@@ -14,8 +14,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_utils
 
+import chat
 import merge_lora
 from mechanisms.errors import UserError
 from mechanisms.serving import modelfile
@@ -204,19 +205,30 @@ def test_a_fault_leaves_no_folder(make_adapter, tmp_path, monkeypatch, capsys):
 
 
 def test_a_kill_leaves_no_folder_that_looks_complete(make_adapter, tmp_path, taught):
-    out = tmp_path / "merged"
-    for function in ("save", "write", "digests", "verify", "compare"):
+    """Killed before and while the weights are written, before the last file, and while they are compared."""
+    out, flags = tmp_path / "merged", ["--max_shard_size", "100KB"]
+    for module, function, calls in ((merge_lora, "save", 1), (modeling_utils, "safe_save_file", 2),
+                                    (merge_lora, "write", 1), (merge_lora, "verify", 1), (merge_lora, "compare", 3)):
         process = os.fork()
         if process == 0:
             try:
                 signal.alarm(100)
-                setattr(merge_lora, function, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-                merge(make_adapter("lora"), out)
+                done, calls_left = getattr(module, function), iter(range(calls - 1))
+
+                def killed(*arguments, done=done, calls_left=calls_left, **options):
+                    if next(calls_left, None) is None:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return done(*arguments, **options)
+
+                setattr(module, function, killed)
+                merge(make_adapter("lora"), out, *flags)
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
-        assert [path.name for path in tmp_path.iterdir()] == ["merged.unfinished"]
-    merge(make_adapter("lora"), out)
+        assert [path.name for path in tmp_path.iterdir()] == ([] if function == "save" else ["merged.unfinished"])
+        with pytest.raises(UserError, match="no such folder"):
+            chat.load(str(out))
+    merge(make_adapter("lora"), out, *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"] and answer(out, taught[0][0]) == taught[0][1]
 
 
