@@ -42,9 +42,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
 from mechanisms import checkpoints, console, strategies, summary
+from mechanisms.attention import best_attention
 from mechanisms.checks import check_model, choose_precision, first_line, load_config
 from mechanisms.console import say
 from mechanisms.data_report import DataReport
+from mechanisms.packing import best_fit_decreasing
 from mechanisms.record_shapes import BadRecord, to_conversation
 from mechanisms.records import Problems, find_files, read_records
 from mechanisms.template_probe import dict_keys, rendered_parts, split_thinking, used_parts
@@ -78,6 +80,8 @@ class DataArguments:
         default="assistant", metadata={"help": "What is trained: every assistant turn, the last one, or every token."})
     overlong: Literal["truncate", "drop", "error"] = field(
         default="truncate", metadata={"help": "What to do with samples longer than --model_max_length."})
+    packing: bool = field(
+        default=False, metadata={"help": "Fill rows of --model_max_length with samples; a batch counts rows then."})
     skip_bad_rows: int = field(
         default=0, metadata={"help": "Leave out up to this many unusable records; they go to rejected.jsonl."})
 
@@ -104,7 +108,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 "False: start over, in a folder without results. Or the path of a checkpoint."})
     # Trainer's default replaces a NaN loss by the average before it: a dead run would look alive.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (never wanted)."})
-    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "What tokens/s counts."})
+    include_num_input_tokens_seen: str = field(default="all", metadata={"help": "What tokens/s counts."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here."})
 
     def __post_init__(self):
@@ -158,6 +162,9 @@ def parse_arguments(argv):
         problems.append("--eval_ratio and --eval_data_path exclude each other: give one")
     if training_args.eval_strategy != "no" and not (data_args.eval_ratio or data_args.eval_data_path):
         problems.append(f"--eval_strategy {training_args.eval_strategy.value} needs --eval_data_path or --eval_ratio")
+    if data_args.packing and data_args.lazy_preprocess:
+        problems.append("--packing and --lazy_preprocess exclude each other: rows are filled by the samples' lengths, "
+                        "which are not known before they are tokenized")
     if training_args.model_max_length < 1:
         problems.append(f"--model_max_length {training_args.model_max_length}: at least 1")
     if not training_args.use_lora:
@@ -474,22 +481,56 @@ def split(dataset, ratio):
             torch.utils.data.Subset(dataset, indices[held_out].tolist()))
 
 
-class PadToLongest:
-    """Samples -> {"input_ids", "attention_mask", "labels"}, int64 (samples, longest of this batch), padded right."""
+def sample_lengths(dataset):
+    """Tokens of each sample, int64 (samples), or None where they are tokenized when they are needed."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        lengths = sample_lengths(dataset.dataset)
+        return None if lengths is None else lengths[dataset.indices]
+    return np.diff(dataset.offsets) if isinstance(dataset, TokenCache) else None
 
-    def __init__(self, pad_token_id):
-        self.pad_token_id = pad_token_id
+
+class PackedRows(torch.utils.data.Dataset):
+    """Lists of samples, as many as fit into max_length tokens; the same ones for the same seed."""
+
+    def __init__(self, dataset, max_length, seed):
+        self.dataset, lengths = dataset, sample_lengths(dataset)
+        self.rows = best_fit_decreasing(lengths, max_length, seed)
+        self.fill = lengths.sum() / (len(self.rows) * max_length)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return [self.dataset[index] for index in self.rows[row]]
+
+
+class EndToEnd:
+    """Samples, or rows of them, -> one row of all their tokens, end to end, nothing padded.
+
+    Returns a dict, T being the tokens of all samples and n those of them that are to be predicted:
+      input_ids, labels: int64 (1, T); the first label of each sample is IGNORED, for nothing comes before it
+      position_ids: int64 (1, T), from 0 in each sample
+      cu_seq_lens_q, cu_seq_lens_k: int32 (samples + 1), where each sample starts, and T; with max_length_q and
+        max_length_k, the tokens of the longest, they keep attention inside each sample
+      logits_to_keep: int64 (n), the positions from which a token is predicted: the output layer sees no others
+      shift_labels: int64 (1, n), the token to predict from each
+    """
 
     def __call__(self, samples):
-        shape = len(samples), max(len(sample["input_ids"]) for sample in samples)
-        batch = {"input_ids": torch.full(shape, self.pad_token_id), "labels": torch.full(shape, IGNORED),
-                 "attention_mask": torch.zeros(shape, dtype=torch.long)}
-        for row, sample in enumerate(samples):
-            length = len(sample["input_ids"])
-            batch["input_ids"][row, :length] = torch.from_numpy(sample["input_ids"])
-            batch["attention_mask"][row, :length] = 1
-            batch["labels"][row, :length] = torch.from_numpy(sample["labels"])
-        return batch
+        if isinstance(samples[0], list):
+            samples = list(itertools.chain.from_iterable(samples))
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        starts = np.cumsum([0, *lengths])
+        input_ids, labels = (np.concatenate([sample[name] for sample in samples]).astype(np.int64)
+                             for name in ("input_ids", "labels"))
+        labels[starts[:-1]] = IGNORED
+        predicted = np.flatnonzero(labels != IGNORED)
+        bounds, longest = torch.from_numpy(starts.astype(np.int32)), max(lengths)
+        row = {"input_ids": input_ids, "labels": labels, "shift_labels": labels[predicted],
+               "position_ids": np.concatenate([np.arange(length) for length in lengths])}
+        return {**{name: torch.from_numpy(values)[None] for name, values in row.items()},
+                "logits_to_keep": torch.from_numpy(predicted - 1), "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
+                "max_length_q": longest, "max_length_k": longest}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,7 +594,7 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
-            quantization_config=quantization,
+            quantization_config=quantization, attn_implementation=best_attention(training_args.device),
             dtype=compute if training_args.use_lora or keeps_own_fp32 else torch.float32,
             device_map={"": training_args.device} if lora_args.q_lora else None)
     except (OSError, ValueError, SafetensorError) as error:
@@ -616,9 +657,10 @@ def run_facts(data_args, training_args, lora_args, dataset):
     digests = (dataset.dataset.digests[dataset.indices] if isinstance(dataset, torch.utils.data.Subset)
                else dataset.digests)
     return {"data": hashlib.blake2b(np.ascontiguousarray(digests), digest_size=8).hexdigest(), "samples": len(dataset),
-            "samples per step": summary.samples_per_step(training_args), "seed": training_args.seed,
-            "model_max_length": training_args.model_max_length, "loss_on": data_args.loss_on,
-            "use_lora": training_args.use_lora, "q_lora": lora_args.q_lora, **strategies.resume_facts(training_args)}
+            "samples per step": summary.items_per_step(training_args), "seed": training_args.seed,
+            "model_max_length": training_args.model_max_length, "packing": data_args.packing,
+            "loss_on": data_args.loss_on, "use_lora": training_args.use_lora, "q_lora": lora_args.q_lora,
+            **strategies.resume_facts(training_args)}
 
 
 def train(argv):
@@ -644,11 +686,13 @@ def train(argv):
     if training_args.use_lora:
         with gptqmodel_hidden(not hasattr(config, "quantization_config")):
             model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
-    say(*summary.before_training(model, training_args, lora_args))
+    if data_args.packing:
+        train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
+    say(*summary.before_training(model, training_args, lora_args, train_dataset))
 
     trainer = SafeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        data_collator=PadToLongest(tokenizer.pad_token_id), processing_class=tokenizer, run=run,
+        data_collator=EndToEnd(), processing_class=tokenizer, run=run,
         card=summary.model_card(model_args, data_args, training_args, lora_args))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = trainer.evaluate() if eval_dataset else {}

@@ -15,13 +15,21 @@ def method_name(training_args, lora_args):
     return "LoRA" if training_args.use_lora else "Full-parameter"
 
 
-def samples_per_step(training_args):
-    """Samples behind one optimizer step, over all ranks."""
+def items_per_step(training_args):
+    """Items of the dataset (samples, or rows of them with --packing) behind one optimizer step, over all ranks."""
     return (training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
             * training_args.world_size)
 
 
-def before_training(model, training_args, lora_args):
+def step_count(training_args, dataset):
+    """Optimizer steps of the whole run, as Trainer counts them."""
+    if training_args.max_steps > 0:
+        return training_args.max_steps
+    batches = math.ceil(len(dataset) / (training_args.per_device_train_batch_size * training_args.world_size))
+    return math.ceil(training_args.num_train_epochs * math.ceil(batches / training_args.gradient_accumulation_steps))
+
+
+def before_training(model, training_args, lora_args, dataset):
     """What is trained, on what and in which precision, as lines."""
     parameters = trained = 0
     for parameter in model.parameters():
@@ -34,7 +42,18 @@ def before_training(model, training_args, lora_args):
         ("device", f"{training_args.world_size} x {training_args.device.type}, {strategy_name(training_args)}"),
         ("parameters", parameters),
         ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),
-        ("samples per step", samples_per_step(training_args))]), ""]
+        *_per_step(training_args, dataset),
+        ("steps", step_count(training_args, dataset))]), ""]
+
+
+def _per_step(training_args, dataset):
+    items = items_per_step(training_args)
+    if not hasattr(dataset, "fill"):
+        return [("samples per step", items)]
+    samples = len(dataset.dataset)
+    return [("rows", f"{len(dataset):,} of {training_args.model_max_length:,} tokens, {dataset.fill:.1%} filled with "
+                     f"{samples:,} samples"),
+            ("rows per step", f"{items}, on average {items * samples / len(dataset):.1f} samples")]
 
 
 def parameter_count(parameter):

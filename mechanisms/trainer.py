@@ -1,16 +1,37 @@
 """Trainer whose checkpoints are complete or recognisable as not, and which stops when the loss is no number."""
 
+import contextlib
 import math
 import os
 
+import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from mechanisms.checkpoints import write_manifest
-from mechanisms.console import ProgressBar, ProgressLines
+from mechanisms.console import ProgressBar, ProgressLines, say
 from mechanisms.errors import UserError
+from mechanisms.head_loss import HeadLoss, output_linear
+
+
+class FullBatches(torch.utils.data.Dataset):
+    """A dataset with as many empty samples behind it as its last batch lacks.
+
+    Every rank then has as many batches; accelerate would repeat the first samples, which would count twice in a mean.
+    """
+
+    def __init__(self, dataset, batch):
+        self.dataset, self.length = dataset, math.ceil(len(dataset) / batch) * batch
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index < len(self.dataset):
+            return self.dataset[index]
+        return {"input_ids": self.dataset[0]["input_ids"][:1], "labels": np.array([-100])}
 
 
 class LogLastStep(TrainerCallback):
@@ -31,10 +52,39 @@ class SafeTrainer(Trainer):
     def __init__(self, *args, run, card, **kwargs):
         super().__init__(*args, **kwargs)
         self.run, self.card = run, card
+        self.head_loss = None
+        if output_linear(self.model):
+            self.head_loss = HeadLoss(self.model, self.args.label_smoothing_factor)
+            self.label_smoother = None  # it would want the logits
+        else:
+            say("note: the output layer has an adapter or is quantized: the loss is computed from its full logits, "
+                "which takes more memory")
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(LogLastStep)
         self.add_callback(ProgressLines if self.args.disable_tqdm else ProgressBar)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with self.head_loss.computing(inputs["shift_labels"]) if self.head_loss else contextlib.nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """The loss is the mean over all predicted tokens, however the samples fall into batches and onto ranks."""
+        self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        tokens = inputs["shift_labels"].numel()
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        self.evaluated += torch.stack([loss * tokens, torch.full_like(loss, tokens)])
+        return loss, logits, labels
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(FullBatches(dataset, self.args.eval_batch_size * self.args.world_size))
 
     def _run_epoch(self, *args, **kwargs):
         # Resumed from its last checkpoint, a finished run would be trained one step too many: Trainer looks whether

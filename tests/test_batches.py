@@ -1,0 +1,242 @@
+"""Batches without padding and the loss without logits: the numbers of padded batches through the stock model."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import finetune
+from examples.make_tiny_model import EXAMPLES
+from finetune import IGNORED, EndToEnd
+from mechanisms import head_loss
+from mechanisms.attention import WITHIN_SAMPLES
+from mechanisms.errors import UserError
+from mechanisms.flags import prepare_command_line
+from mechanisms.head_loss import HeadLoss
+from mechanisms.packing import best_fit_decreasing
+
+VOCABULARY = 500
+
+
+def make_samples(lengths, seed=0):
+    """Samples with some labels ignored, and one whose very first token is labelled."""
+    draw = torch.Generator().manual_seed(seed)
+    samples = []
+    for number, length in enumerate(lengths):
+        ids = torch.randint(0, VOCABULARY, (length,), generator=draw)
+        trained = torch.rand(length, generator=draw) < 0.5
+        trained[-1] = True
+        trained[0] = number == 0
+        samples.append({"input_ids": ids.int().numpy(), "labels": torch.where(trained, ids, IGNORED).numpy()})
+    return samples
+
+
+def padded(samples):
+    """What the stock model takes: (samples, longest), padded right."""
+    shape = len(samples), max(len(sample["input_ids"]) for sample in samples)
+    batch = {"input_ids": torch.zeros(shape, dtype=torch.long), "labels": torch.full(shape, IGNORED),
+             "attention_mask": torch.zeros(shape, dtype=torch.long)}
+    for row, sample in enumerate(samples):
+        length = len(sample["input_ids"])
+        batch["input_ids"][row, :length] = torch.from_numpy(sample["input_ids"])
+        batch["labels"][row, :length] = torch.from_numpy(sample["labels"])
+        batch["attention_mask"][row, :length] = 1
+    return batch
+
+
+def gradients(model):
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert found and all(grad.abs().max() > 0 for grad in found.values())
+    return found
+
+
+def assert_same(model, reference, loss, expected):
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and loss.item() > 0
+    found, wanted = gradients(model), gradients(reference)
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.fixture
+def make_pair(make_model):
+    """make_pair(head, tied, **config) -> (model as finetune.py trains it, the same as it comes)."""
+
+    def make(head="full", tied=True, **config):
+        folder = make_model(tie_word_embeddings=tied)
+        models = []
+        for attention in (WITHIN_SAMPLES, "eager"):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32,
+                                                         **config)
+            names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+            special = {"modules_to_save": names} if head == "modules_to_save" else \
+                {"trainable_token_indices": {name: [3, 7] for name in names}} if head == "rows" else {}
+            if head != "full":
+                model = get_peft_model(model, LoraConfig(
+                    task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
+                    ensure_weight_tying=tied and bool(special), **special))
+            models.append(model.train())
+        return models
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", ["full", "frozen", "modules_to_save", "rows"])
+def test_loss_and_gradients_of_padded_batches(make_pair, head, tied, monkeypatch):
+    model, reference = make_pair(head, tied)
+    monkeypatch.setitem(head_loss.CHUNK_BYTES, "cpu", 7 * 4 * model.get_output_embeddings().weight.shape[0])
+    samples = make_samples([40, 3, 17, 2])
+    expected = reference(**padded(samples)).loss
+    expected.backward()
+    batch = EndToEnd()(samples)
+    assert batch["input_ids"].shape == (1, 62) and batch["labels"].shape == (1, 62)
+    with HeadLoss(model).computing(batch["shift_labels"]):
+        loss = model(**batch).loss
+    loss.backward()
+    assert_same(model, reference, loss, expected)
+
+
+def test_the_batch_is_right_for_the_stock_model_too(make_pair):
+    _, reference = make_pair()
+    batch, samples = EndToEnd()(make_samples([40, 3, 17])), make_samples([40, 3, 17])
+    reference.set_attn_implementation("sdpa")
+    reference.config.use_cache = False  # with a cache transformers takes the row for one sequence
+    assert reference(**batch).loss.item() == pytest.approx(reference(**padded(samples)).loss.item(), rel=1e-5)
+
+
+def test_label_smoothing(make_pair):
+    model, reference = make_pair(tied=False)
+    samples = make_samples([40, 3, 17])
+    batch = padded(samples)
+    logits = reference(**{**batch, "labels": None}).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    expected.backward()
+    batch = EndToEnd()(samples)
+    with HeadLoss(model, label_smoothing=0.1).computing(batch["shift_labels"]):
+        loss = model(**batch).loss
+    loss.backward()
+    assert_same(model, reference, loss, expected)
+
+
+def test_samples_of_a_row_do_not_see_each_other(make_pair):
+    """One sample of the row changed: what the others make of theirs stays, bit for bit."""
+    model, _ = make_pair()
+    first, second = make_samples([20, 9, 30]), make_samples([20, 9, 30])
+    second[1] = make_samples([9], seed=5)[0]
+    outputs = []
+    for samples in (first, second):
+        batch = EndToEnd()(samples)
+        batch["logits_to_keep"] = torch.arange(59)
+        outputs.append(model(**{**batch, "labels": None}).logits[0])
+    same = (outputs[0] == outputs[1]).all(dim=1)
+    assert same[:20].all() and same[29:].all() and not same[20:29].any()
+
+
+def test_sliding_window(make_pair):
+    window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+              "layer_types": ["full_attention", "sliding_attention"]}
+    model, reference = make_pair(**window)
+    assert model.config.layer_types[-1] == "sliding_attention"
+    samples = make_samples([40, 3, 17])
+    expected = reference(**padded(samples)).loss
+    expected.backward()
+    batch = EndToEnd()(samples)
+    with HeadLoss(model).computing(batch["shift_labels"]):
+        loss = model(**batch).loss
+    loss.backward()
+    assert_same(model, reference, loss, expected)
+
+
+def test_generation_with_the_trained_model(make_pair):
+    model, reference = make_pair()
+    HeadLoss(model)
+    prompt = {"input_ids": torch.tensor([[1, 2, 3, 4], [0, 0, 5, 6]]),
+              "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])}
+    answers = [copy.copy(each.eval()).generate(**prompt, max_new_tokens=8, do_sample=False)
+               for each in (model, reference)]
+    assert torch.equal(*answers)
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+def test_best_fit_decreasing():
+    assert sorted(map(sorted, best_fit_decreasing([6, 5, 4, 3, 2], 10, seed=0))) == [[0, 2], [1, 3, 4]]
+    lengths = np.random.default_rng(0).integers(1, 513, 20_000)
+    rows = best_fit_decreasing(lengths, 512, seed=1)
+    assert sorted(index for row in rows for index in row) == list(range(20_000))
+    assert all(lengths[row].sum() <= 512 for row in rows)
+    assert len(rows) <= lengths.sum() / 512 * 1.005
+    assert best_fit_decreasing(lengths, 512, seed=1) == rows
+    other = best_fit_decreasing(lengths, 512, seed=2)
+    assert other != rows and len(other) == len(rows)
+
+
+@pytest.fixture
+def train(make_model, cache_dir, tmp_path):
+    """train(*flags) -> Trainer"""
+
+    def run(*flags):
+        return finetune.train(prepare_command_line(finetune.__file__, [str(word) for word in (
+            "--model_name_or_path", make_model(), "--data_path", EXAMPLES / "data", "--cache_dir", cache_dir,
+            "--output_dir", tmp_path / "out", "--per_device_train_batch_size", 2, "--logging_steps", 1,
+            "--save_strategy", "no", "--model_max_length", 256, "--learning_rate", "1e-3", *flags)]))
+
+    return run
+
+
+def logged(trainer, *names):
+    return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_packing_trains_every_sample_once_an_epoch_and_says_what_it_does(train, capsys):
+    trainer = train("--packing", "--num_train_epochs", 2, "--gradient_accumulation_steps", 2)
+    dataset, samples = trainer.train_dataset, trainer.train_dataset.dataset
+    batches = list(trainer.get_train_dataloader())
+    assert sum(len(batch["cu_seq_lens_q"]) - 1 for batch in batches) == len(samples)
+    assert max(batch["input_ids"].shape[1] for batch in batches) > 256  # two rows
+    steps = trainer.state.global_step
+    assert steps == 2 * -(-len(batches) // 2) < len(samples)
+    output = capsys.readouterr().out
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    assert f"{len(dataset):,} of 256 tokens, {tokens / len(dataset) / 256:.1%} filled with {len(samples)}" in output
+    assert f"  steps               {steps}\n" in output
+    assert logged(trainer, "learning_rate")[-1][0] == pytest.approx(1e-3 / steps)  # linear, to 0 after the last step
+
+
+def test_packing_needs_lengths(train):
+    with pytest.raises(UserError, match="--packing and --lazy_preprocess exclude each other"):
+        train("--packing", "--lazy_preprocess", "True")
+
+
+def test_a_packed_step_equals_the_same_samples_one_by_one(train, monkeypatch):
+    """All samples in one step: rows of several, or batches of one."""
+    once = ["--max_steps", 1]
+    packed = train("--packing", "--gradient_accumulation_steps", 100, *once)
+    alone = train("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 100, *once)
+    together = train("--per_device_train_batch_size", 100, *once)
+    expected = logged(alone, "loss", "grad_norm")
+    for other in (packed, together):
+        assert logged(other, "loss", "grad_norm")[0] == pytest.approx(expected[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_eval_loss_is_the_mean_over_tokens(train, batch):
+    trainer = train("--eval_ratio", 0.3, "--max_steps", 1, "--per_device_eval_batch_size", batch)
+    total = tokens = 0
+    for sample in trainer.eval_dataset:
+        row = EndToEnd()([sample])
+        with torch.no_grad():
+            total += trainer.model(**row).loss.item() * row["shift_labels"].numel()
+        tokens += row["shift_labels"].numel()
+    assert trainer.state.log_history[-1]["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_an_output_layer_with_an_adapter_gets_its_logits(train, capsys):
+    trainer = train("--use_lora", "--lora_target_modules", "q_proj", "lm_head", "--max_steps", 2)
+    assert "full logits" in capsys.readouterr().out
+    assert logged(trainer, "grad_norm")[0][0] > 0

@@ -1,0 +1,305 @@
+"""Runs that other machines take part in, and runs that are killed: real launchers, real signals, the same numbers."""
+
+import collections
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+import finetune
+from examples.make_tiny_model import EXAMPLES
+from mechanisms import checkpoints
+
+ROOT = Path(finetune.__file__).parent
+DATA = EXAMPLES / "data"
+PAGE = ["bash", str(ROOT / "finetune/finetune_lora_ds.sh")]
+PATIENCE = 600  # seconds for what has no deadline of its own: the machine may be busy
+STEPS, SAVE_STEPS = 25, 5  # long enough for every kill below to come well before the end
+TRAINING = ["--max_steps", STEPS, "--save_steps", SAVE_STEPS, "--logging_steps", 1, "--learning_rate", "5e-3",
+            "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--lora_r", 8]
+
+
+class Run:
+    """A program in the background, what it prints in a file."""
+
+    def __init__(self, command, log, environment):
+        self.log = log
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True,
+                env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+                     "TMPDIR": str(log.parent), **environment},
+                # A shell's background jobs ignore Ctrl-C, and so would what they start.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+    @property
+    def output(self):
+        return self.log.read_text(errors="replace")
+
+    @property
+    def steps(self):
+        """The steps of its log lines so far."""
+        return [int(step) for step in re.findall(r"^step (\d+)/", self.output, re.MULTILINE)]
+
+    def wait_until(self, condition):
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output[-3000:]}"
+            assert time.monotonic() < deadline, self.output[-3000:]
+            time.sleep(0.02)
+
+    def ends(self, code, seconds=PATIENCE):
+        """Assert that it does, in time, and return its output."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still there after {seconds} s:\n{self.output[-3000:]}")
+        assert self.process.returncode == code, self.output[-3000:]
+        return self.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """For results and logs."""
+    return tmp_path_factory.mktemp("nodes")
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    """start(command, **environment) -> Run, in the folder; what is left of them is killed in the end."""
+    numbers = itertools.count(1)
+
+    def run(command, **environment):
+        return Run(command, folder / f"run{next(numbers)}.log", environment)
+
+    yield run
+    for process in processes_of(folder):
+        process.kill()
+
+
+def processes_of(folder):
+    """Every process that has the folder, or one in it, on its command line."""
+    return [process for process in psutil.process_iter(["cmdline"])
+            if any(str(folder) in word for word in process.info["cmdline"] or [])]
+
+
+def workers_of(launcher):
+    """{rank: process}"""
+    workers = {}
+    for process in psutil.Process(launcher.process.pid).children(recursive=True):
+        environment = process.environ()
+        if "RANK" in environment:
+            workers[int(environment["RANK"])] = process
+    return workers
+
+
+def training_command(model, out):
+    return [*PAGE, "-m", model, "-d", DATA, "-o", out, *TRAINING]
+
+
+def complete(out):
+    """Steps of the complete checkpoints."""
+    return sorted(int(path.parent.name.split("-")[1]) for path in out.glob(f"checkpoint-*/{checkpoints.MANIFEST}"))
+
+
+def numbers(out):
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    steps = [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry]
+    assert [step for step, *_ in steps] == list(range(1, STEPS + 1))
+    return steps
+
+
+def check_adapter(out):
+    assert not list(out.glob("*.unfinished"))
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    AutoPeftModelForCausalLM.from_pretrained(out)
+
+
+# -- several machines -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def start_on_two_nodes(start, record_testsuite_property):
+    """start_on_two_nodes(command, **environment) -> [Run of node 0, Run of node 1].
+
+    The nodes are two network namespaces joined by a cable, as two machines would be; or, with a warning, the loopback
+    of this machine where one may not make namespaces or has no iproute2 (`ip`).
+    """
+    names = [f"finetune-{os.getpid()}-{node}" for node in range(2)]
+    where = "two network namespaces"
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("netns", "exec", name, "true")
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "address", "add", f"10.213.0.{number}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "cable", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        remove_namespaces(names)
+        names, where = [], f"the loopback: {(getattr(error, 'stderr', '') or str(error)).strip()}"
+        warnings.warn(f"two nodes on {where}", stacklevel=1)
+    record_testsuite_property("two nodes on", where)
+
+    def run(command, **environment):
+        if names:
+            network = {"MASTER_ADDR": "10.213.0.1", "GLOO_SOCKET_IFNAME": "cable"}
+        else:
+            network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(free_port())}
+        return [start([*(["ip", "netns", "exec", names[node]] if names else []), *command], NNODES="2",
+                      NODE_RANK=str(node), GPUS_PER_NODE="1", **network, **environment) for node in range(2)]
+
+    yield run
+    remove_namespaces(names)
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def remove_namespaces(names):
+    for name in names:
+        if os.path.exists(f"/run/netns/{name}"):
+            for pid in map(int, ip("netns", "pids", name).split()):
+                os.kill(pid, signal.SIGKILL)
+            ip("netns", "delete", name)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start_on_two_nodes, make_model, folder):
+    """A whole run on two nodes: (its folder, what node 0 printed, what node 1 printed)."""
+    out = folder / "undisturbed"
+    nodes = start_on_two_nodes(training_command(make_model(), out))
+    return out, *[node.ends(0) for node in nodes]
+
+
+def test_two_nodes_train_one_model(undisturbed):
+    out, *printed = undisturbed
+    lines = collections.Counter("\n".join(printed).splitlines())
+    assert lines["  device              2 x cpu, ZeRO-2"] == 1
+    for once in ("First sample, what is trained between [[ and ]]:", "Training:", "Done:"):
+        assert lines[once] == 1
+    assert re.findall(r"^step (\d+)/", "".join(printed), re.MULTILINE) == [str(step + 1) for step in range(STEPS)]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (out / f"checkpoint-{STEPS}").iterdir()}
+    assert complete(out) == list(range(SAVE_STEPS, STEPS + 1, SAVE_STEPS))
+    check_adapter(out)
+
+
+def test_one_message_where_the_data_is_bad(start, make_model, folder):
+    (folder / "bad.jsonl").write_text('{"instruction": "no output"}\n')
+    out = folder / "bad"
+    run = start([*PAGE, "-m", make_model(), "-d", "bad.jsonl", "-o", out, "--deepspeed", "none"], GPUS_PER_NODE="2")
+    run.wait_until(lambda: "error: " in run.output)
+    output = run.ends(2, seconds=60)
+    lines = [line for line in output.splitlines() if not re.match(r"[WE]\d{4} .*torch/distributed/elastic/", line)]
+    last = next(number for number, line in enumerate(lines) if re.match(r"rank \d failed first: error: ", line))
+    said = lines[:last]
+    assert said[0] == "error: the data cannot be used as it is:" and said[1].startswith("bad.jsonl:1 ")
+    assert len(said) == 4 and said[3].startswith("1 record rejected.")
+    assert {re.sub(r"^rank \d failed first: ", "", line) for line in lines[last:]} <= set(said)
+    assert not processes_of(out)
+
+
+def test_the_rank_that_spoke_is_named_though_another_was_faster_to_exit(start, folder):
+    (folder / "ranks.py").write_text(f"""
+import atexit, os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from mechanisms.errors import UserError, user_errors_end_the_program
+if os.environ["RANK"] == "1":
+    while not os.path.exists(os.path.dirname(os.environ["TORCHELASTIC_ERROR_FILE"]) + "/../failed"):
+        time.sleep(0.01)
+else:
+    atexit.register(time.sleep, 3600)
+with user_errors_end_the_program():
+    raise UserError("it is Sunday")
+""")
+    run = start([sys.executable, ROOT / "mechanisms/torchrun.py", "--nproc_per_node", 2, folder / "ranks.py"])
+    output = run.ends(2)
+    assert output.splitlines()[-1] == "rank 0 failed first: error: it is Sunday"
+    assert output.splitlines().count("error: it is Sunday") == 1
+
+
+# -- killed -----------------------------------------------------------------------------------------------------------
+
+def test_ranks_that_fail_and_are_killed_change_no_number(start, start_on_two_nodes, undisturbed, make_model, folder):
+    """A rank raises, torchrun starts again; a rank is killed, the run ends; the same command on two machines goes on, a
+    rank is killed there, torchrun starts again on both: the numbers of a run that met nothing of it."""
+    out = folder / "out"
+    command = training_command(make_model(), out)
+    in_the_way = out / "checkpoint-10/rng_state_1.pth"  # a folder where rank 1, and no other, will write a file
+    in_the_way.mkdir(parents=True)
+    run = start(command, GPUS_PER_NODE="2", MAX_RESTARTS="1")
+    run.wait_until(lambda: "Is a directory" in run.output)
+    in_the_way.rmdir()
+    assert complete(out) == [5]
+    run.wait_until(lambda: 10 in complete(out))
+    assert f"Going on from {out / 'checkpoint-5'}" in run.output
+    assert f"{out / 'checkpoint-10'} is passed over" in run.output
+    assert run.output.count("Traceback") == 1 and run.output.count("Is a directory") == 1
+    workers_of(run)[1].kill()
+    output = run.ends(128 + signal.SIGKILL, seconds=60)
+    assert output.splitlines()[-1].startswith("rank 1 failed first: killed by SIGKILL")
+    assert "ChildFailedError" not in output and "Root Cause" not in output
+    assert not processes_of(out)
+
+    newest = complete(out)[-1]
+    nodes = start_on_two_nodes(command, MAX_RESTARTS="1")
+    nodes[0].wait_until(lambda: complete(out)[-1] > newest)
+    workers_of(nodes[1])[1].kill()
+    output = nodes[0].ends(0)
+    nodes[1].ends(0)
+    first, second = re.findall(r"^Going on from .*checkpoint-(\d+)$", output, re.MULTILINE)
+    assert int(first) == newest and int(second) > newest and output.count("Done:") == 1
+    assert not processes_of(out)
+    assert numbers(out) == numbers(undisturbed[0])
+    check_adapter(out)
+
+
+def test_one_process_killed_and_interrupted(start, make_model, cache_dir, folder):
+    out = {name: folder / f"one process, {name}" for name in ("undisturbed", "killed", "interrupted")}
+    command = {name: [sys.executable, ROOT / "finetune.py", "--model_name_or_path", make_model(), "--data_path", DATA,
+                      "--output_dir", path, "--cache_dir", cache_dir, "--use_lora", *TRAINING]
+               for name, path in out.items()}
+
+    def send(run, name, number):
+        moment = random.randint(SAVE_STEPS, STEPS // 2)
+        run.wait_until(lambda: complete(out[name]) and max(run.steps, default=0) >= moment)
+        time.sleep(random.random() / 10)  # anywhere in a step or in the writing of a checkpoint
+        run.process.send_signal(number)
+
+    killed, interrupted = start(command["killed"]), start(command["interrupted"])
+    with ThreadPoolExecutor() as both:
+        list(both.map(send, (killed, interrupted), ("killed", "interrupted"), (signal.SIGKILL, signal.SIGINT)))
+    killed.ends(-signal.SIGKILL)
+    output = interrupted.ends(130, seconds=60)
+    assert output.splitlines()[-1] == "interrupted" and "Traceback" not in output
+    for name in ("killed", "interrupted"):
+        for step in complete(out[name]):
+            assert not isinstance(checkpoints.read_manifest(out[name] / f"checkpoint-{step}"), str)
+
+    newest = complete(out["killed"])[-1]
+    again, undisturbed = start(command["killed"]), start(command["undisturbed"])
+    assert f"Going on from {out['killed'] / f'checkpoint-{newest}'}" in again.ends(0)
+    undisturbed.ends(0)
+    assert numbers(out["killed"]) == numbers(out["undisturbed"])
+    check_adapter(out["killed"])
