@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 import unicodedata
@@ -46,10 +45,11 @@ from mechanisms.attention import best_attention
 from mechanisms.checks import check_model, choose_precision, first_line, load_config
 from mechanisms.console import say
 from mechanisms.data_report import DataReport
+from mechanisms.memory import checkpointing_needed
 from mechanisms.packing import best_fit_decreasing
 from mechanisms.record_shapes import BadRecord, to_conversation
 from mechanisms.records import Problems, find_files, read_records
-from mechanisms.template_probe import dict_keys, rendered_parts, split_thinking, used_parts
+from mechanisms.template_probe import dict_keys, rendered_parts, split_thinking, strings, used_parts
 from mechanisms.token_cache import TokenCache, cache_key
 from mechanisms.trainer import SafeTrainer
 
@@ -92,6 +92,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default="output_qwen", metadata={"help": "Folder for checkpoints and the result."})
     cache_dir: str = field(
         default=None, metadata={"help": "Folder for downloaded models and tokenized data (default: Hugging Face's)."})
+    activation_checkpointing: str = field(default="auto", metadata={
+        "help": "--gradient_checkpointing: compute activations twice instead of keeping them, which takes a third more "
+                "time. True, False, or auto: only where they would not fit into the memory.",
+        "nargs": "?", "const": "True"})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
     model_max_length: int = field(
         default=8192, metadata={"help": "Longest sample in tokens; --overlong says what happens to longer ones."})
@@ -118,6 +122,10 @@ class TrainingArguments(transformers.TrainingArguments):
         self.deepspeed = strategies.deepspeed_config(self.deepspeed)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter that is trained is used; searching costs time
+        asked = str(self.activation_checkpointing).lower()
+        if asked not in ("auto", "true", "false"):
+            raise UserError(f"--gradient_checkpointing {self.activation_checkpointing}: True, False or auto")
+        self.auto_checkpointing, self.activation_checkpointing = asked == "auto", asked == "true"
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file gets plain lines
         super().__post_init__()
@@ -272,9 +280,8 @@ class ConversationEncoder:
             raise BadRecord([("the model's chat template leaves this out", part) for part in sorted(left_out)])
         if "reasoning_content" in self.rendered:
             messages = [split_thinking(message) for message in messages]
-        text = json.dumps([messages, tools], ensure_ascii=False)
-        written = set(self.control_tokens.findall(text))
-        if any(self.control_tokens.search(key) for key in dict_keys([messages, tools])):
+        written = set(self.control_tokens.findall("\0".join(strings([messages, tools]))))
+        if written and any(self.control_tokens.search(key) for key in dict_keys([messages, tools])):
             raise BadRecord([("control token in the name of an argument", ", ".join(sorted(written)))])
         for token in written:
             self.notices[f"{token} written in the data"] += 1
@@ -287,7 +294,12 @@ class ConversationEncoder:
             raise BadRecord([("the model's chat template refuses it", str(error))]) from error
 
     def _tokenize(self, texts):
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        # The Rust tokenizer itself: a call of transformers' also works out where in the text each token lies.
+        rust = self.tokenizer.backend_tokenizer
+        rust.no_padding()  # what an earlier call asked for would stay in force
+        rust.no_truncation()
+        rust.encode_special_tokens = False
+        return [encoding.ids for encoding in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode(self, conversation, rendered):
         """A conversation and its `render`ing -> Sample. Raises BadRecord."""
@@ -309,7 +321,7 @@ class ConversationEncoder:
             if self.overlong == "drop":
                 return Sample([], [], "too long")
             ids, labels, outcome = ids[:self.max_length], labels[:self.max_length], "truncated"
-        if all(label == IGNORED for label in labels[1:]):  # the first token is never predicted
+        if labels[1:].count(IGNORED) >= len(labels) - 1:  # the first token is never predicted
             return Sample([], [], "nothing to learn")
         return Sample(ids, labels, outcome)
 
@@ -504,6 +516,15 @@ class PackedRows(torch.utils.data.Dataset):
         return [self.dataset[index] for index in self.rows[row]]
 
 
+def longest_row(dataset, training_args):
+    """Tokens of the longest row that `EndToEnd` can make of a batch."""
+    samples = training_args.per_device_train_batch_size
+    lengths = None if isinstance(dataset, PackedRows) else sample_lengths(dataset)
+    if lengths is None:
+        return samples * training_args.model_max_length
+    return int(np.sort(lengths)[-samples:].sum())
+
+
 class EndToEnd:
     """Samples, or rows of them, -> one row of all their tokens, end to end, nothing padded.
 
@@ -612,8 +633,6 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
     """Wrap the model for LoRA: frozen but for the adapters and, on a base model, the embedding and output layers."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    if training_args.activation_checkpointing:
-        model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
     keeps_own_fp32 = training_args.deepspeed is not None  # and cannot mix fp32 adapters with 16-bit layers
     if lora_args.lora_weight_path:
         model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
@@ -670,7 +689,9 @@ def train(argv):
         transformers.utils.logging.disable_progress_bar()
     checkpoint, notices = checkpoints.checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint)
-    say(*[f"note: {notice}" for notice in notices + strategies.overridden_flags(training_args)])
+    notices += strategies.overridden_flags(training_args)
+    notices += strategies.compilation_locks() if training_args.deepspeed else []
+    say(*[f"note: {notice}" for notice in notices])
     strategies.join_ranks(training_args)
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
     check_model(config, training_args, lora_args, LoraArguments())
@@ -688,6 +709,13 @@ def train(argv):
             model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
+    if training_args.auto_checkpointing:
+        with gptqmodel_hidden(True):
+            needed, why = checkpointing_needed(model, training_args, longest_row(train_dataset, training_args))
+        training_args.activation_checkpointing = training_args.gradient_checkpointing = needed
+        say(f"note: {why}")
+    if training_args.activation_checkpointing and training_args.use_lora:
+        model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
     say(*summary.before_training(model, training_args, lora_args, train_dataset))
 
     trainer = SafeTrainer(

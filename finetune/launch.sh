@@ -35,8 +35,6 @@ RECIPE=(
     --logging_steps 1
     --report_to none
     --model_max_length 512
-    --gradient_checkpointing True
-    --lazy_preprocess True
 )
 
 # launch FLAGS... : finetune.py on every GPU of every machine. (exec: a signal to the launcher is one to torchrun.)

@@ -28,7 +28,7 @@ class DataReport:
         else:
             self.truncated += sample.outcome == "truncated"
             self.tokens += len(sample.input_ids)
-            self.trained += sum(label != -100 for label in sample.labels[1:])
+            self.trained += len(sample.labels) - 1 - sample.labels[1:].count(-100)
             self.longest = max(self.longest, len(sample.input_ids))
         self.kept += 1
         self.duplicates += digest in self.seen

@@ -11,7 +11,10 @@ import types
 
 import torch
 
-CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}  # of fp32 logits; measured with bench/head_loss.py
+
+def chunk_bytes(device_type):
+    """Of fp32 logits that are held at a time: enough rows for a matrix product at full speed, and few for the cache."""
+    return 1 << 27 if device_type == "cpu" else 1 << 30
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -35,7 +38,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias, _, grad_values, *_ = grads
         with torch.autocast(device, enabled=False):
             weight, values = weight.to(dtype), None if values is None else values.to(dtype)
-            step = max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(weight)))
+            step = max(1, chunk_bytes(device) // (4 * len(weight)))
             for start in range(0, len(hidden), step):
                 states, wanted = hidden[start:start + step].to(dtype), targets[start:start + step, None]
                 logits = states @ weight.T

@@ -1,7 +1,10 @@
 """One process, DDP, ZeRO-2, ZeRO-3, FSDP: what each needs before the model is loaded, and what cannot work."""
 
+import glob
 import os
 import socket
+
+from torch.utils.cpp_extension import get_default_build_root
 
 from mechanisms.errors import UserError
 
@@ -83,6 +86,17 @@ def overridden_flags(training_args):
         lines.append(f"{name} has its own scheduler, {config['scheduler'].get('type')}: "
                      f"--lr_scheduler_type {training_args.lr_scheduler_type.value} has no effect")
     return lines
+
+
+def compilation_locks():
+    """Locks on the folders where torch compiles DeepSpeed's ops, as lines.
+
+    Torch waits for them without a word, and for ever if the run that held one was killed. Can go with the torch that
+    has https://github.com/pytorch/pytorch/pull/190543.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return [f"{lock}: another run compiles DeepSpeed's ops, or was killed while it did. This run waits until the file "
+            "is gone: delete it if no other is compiling" for lock in glob.glob(f"{root}/**/lock", recursive=True)]
 
 
 def join_ranks(training_args):

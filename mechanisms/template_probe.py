@@ -48,6 +48,18 @@ def split_thinking(message):
     return {**message, "reasoning_content": reasoning, "content": content.split("</think>")[-1].lstrip("\n")}
 
 
+def strings(value):
+    """Every string inside a JSON value, keys of dicts included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            yield from strings(entry)
+
+
 def dict_keys(value):
     """Every key of every dict inside a JSON value."""
     if isinstance(value, dict):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import finetune
 from examples.make_tiny_model import EXAMPLES
 from finetune import IGNORED, EndToEnd
-from mechanisms import head_loss
+from mechanisms import head_loss, memory
 from mechanisms.attention import WITHIN_SAMPLES
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
@@ -89,7 +89,8 @@ def make_pair(make_model):
 @pytest.mark.parametrize("head", ["full", "frozen", "modules_to_save", "rows"])
 def test_loss_and_gradients_of_padded_batches(make_pair, head, tied, monkeypatch):
     model, reference = make_pair(head, tied)
-    monkeypatch.setitem(head_loss.CHUNK_BYTES, "cpu", 7 * 4 * model.get_output_embeddings().weight.shape[0])
+    chunk = 7 * 4 * model.get_output_embeddings().weight.shape[0]  # seven tokens
+    monkeypatch.setattr(head_loss, "chunk_bytes", lambda device_type: chunk)
     samples = make_samples([40, 3, 17, 2])
     expected = reference(**padded(samples)).loss
     expected.backward()
@@ -240,3 +241,50 @@ def test_an_output_layer_with_an_adapter_gets_its_logits(train, capsys):
     trainer = train("--use_lora", "--lora_target_modules", "q_proj", "lm_head", "--max_steps", 2)
     assert "full logits" in capsys.readouterr().out
     assert logged(trainer, "grad_norm")[0][0] > 0
+
+
+# -- gradient checkpointing ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [[], ["--use_lora", "--lora_r", 8], ["--q_lora", "--lora_r", 8]])
+@pytest.mark.parametrize("precision", ["--bf16", "--no_bf16"])
+def test_the_estimate_of_activations_is_what_autograd_saves(train, flags, precision, monkeypatch):
+    """Against all that is saved in a real step, counted the same way."""
+    estimates = []
+
+    def count_and_decide(model, training_args, tokens):
+        estimates.append((tokens, *memory.activation_bytes(model, training_args, tokens)))
+        return False, "counted"
+
+    monkeypatch.setattr(finetune, "checkpointing_needed", count_and_decide)
+    trainer = train(*flags, *([precision] if precision == "--bf16" else []), "--max_steps", 1)
+    [(tokens, stored, recomputed)] = estimates
+    assert recomputed < stored
+    sizes = [len(sample["input_ids"]) for sample in trainer.train_dataset]
+    assert tokens == sum(sorted(sizes)[-2:])
+    decoder, row = trainer.model.get_base_model() if flags else trainer.model, torch.zeros(1, tokens, dtype=torch.long)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+    saved = {}
+
+    def count(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), \
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "--bf16"):
+        output = decoder.train().base_model(input_ids=row, use_cache=False)
+    real = sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
+    assert output.last_hidden_state.requires_grad
+    assert stored == pytest.approx(real, rel=0.1)
+
+
+def test_gradient_checkpointing_auto(train, monkeypatch, capsys):
+    trainer = train("--max_steps", 1, "--use_lora")
+    assert "gradient checkpointing is off" in capsys.readouterr().out
+    assert not trainer.model.get_base_model().model.layers[0].gradient_checkpointing
+    monkeypatch.setattr(memory, "available_bytes", lambda training_args: 1e6)
+    trainer = train("--max_steps", 1, "--use_lora")
+    assert "gradient checkpointing is on" in capsys.readouterr().out
+    assert trainer.model.get_base_model().model.layers[0].gradient_checkpointing
+    assert logged(trainer, "grad_norm")[0][0] > 0
+    with pytest.raises(UserError, match="True, False or auto"):
+        train("--gradient_checkpointing", "sometimes")

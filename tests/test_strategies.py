@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
-from mechanisms import checkpoints
+from mechanisms import checkpoints, strategies
 
 ROOT = Path(finetune.__file__).parent
 LORA = ["--lora_r", "8", "--lora_dropout", "0"]  # no dropout: ranks draw other random numbers than one process
@@ -213,3 +213,12 @@ def test_the_tutorials_configuration_under_the_deepspeed_launcher(make_model, ca
     assert "has its own scheduler, WarmupDecayLR: --lr_scheduler_type cosine has no effect" in run.stdout
     assert "2 x cpu, ZeRO-2" in run.stdout
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_lock_that_a_killed_compilation_left_is_pointed_at(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    assert strategies.compilation_locks() == []
+    (tmp_path / "cpu_adam" / "lock").touch()
+    [line] = strategies.compilation_locks()
+    assert line.startswith(f"{tmp_path}/cpu_adam/lock: ") and "delete it" in line
