@@ -129,6 +129,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file gets plain lines
         super().__post_init__()
+        if self.use_liger_kernel:  # its loss would take the place of ours
+            self.liger_kernel_config = {"fused_linear_cross_entropy": False, **(self.liger_kernel_config or {})}
+        self.visible_gpus, self._n_gpu = self.n_gpu, min(1, self.n_gpu)  # DataParallel would cut the rows of a batch
 
 
 @dataclass
@@ -689,7 +692,7 @@ def train(argv):
         transformers.utils.logging.disable_progress_bar()
     checkpoint, notices = checkpoints.checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint)
-    notices += strategies.overridden_flags(training_args)
+    notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
     notices += strategies.compilation_locks() if training_args.deepspeed else []
     say(*[f"note: {notice}" for notice in notices])
     strategies.join_ranks(training_args)

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from mechanisms.attention import WITHIN_SAMPLES
 from mechanisms.head_loss import chunk_bytes
 
 RESERVE = 0.15  # share of the memory for fragmentation, buffers of collectives and what an estimate does not know
@@ -89,6 +90,7 @@ def activation_bytes(model, training_args, tokens):
 def _saved_bytes(config, layers, adapter, dtype, autocast, tokens):
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
+    config._attn_implementation = WITHIN_SAMPLES  # flash-attn's keeps as much, but wants a GPU
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     default = torch.get_default_dtype()

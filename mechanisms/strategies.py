@@ -5,6 +5,7 @@ import os
 import socket
 
 from torch.utils.cpp_extension import get_default_build_root
+from transformers.utils import is_liger_kernel_available
 
 from mechanisms.errors import UserError
 
@@ -64,6 +65,10 @@ def impossible(training_args, lora_args):
     if training_args.fsdp and training_args.use_cpu:
         problems.append("--fsdp needs GPUs: without one the libraries train unsharded and do not say so. Leave it out "
                         "(DDP), or use --deepspeed ds_config_zero3.json, which shards on CPUs too")
+    if training_args.use_liger_kernel and training_args.use_cpu:
+        problems.append("--use_liger_kernel needs a GPU: leave it out")
+    elif training_args.use_liger_kernel and not is_liger_kernel_available():
+        problems.append("--use_liger_kernel: pip install liger-kernel first")
     if lora_args.q_lora and (training_args.fsdp or deepspeed and deepspeed.is_zero3()):
         flag = "--fsdp" if training_args.fsdp else f"--deepspeed {training_args.deepspeed}"
         problems.append(f"{flag}: weights quantized for --q_lora cannot be sharded. Use ds_config_zero2.json (each GPU "
@@ -86,6 +91,14 @@ def overridden_flags(training_args):
         lines.append(f"{name} has its own scheduler, {config['scheduler'].get('type')}: "
                      f"--lr_scheduler_type {training_args.lr_scheduler_type.value} has no effect")
     return lines
+
+
+def idle_gpus(training_args):
+    """One line where a single process sees more GPUs than the one it uses."""
+    if training_args.visible_gpus < 2:
+        return []
+    return [f"{training_args.visible_gpus} GPUs are here and this run uses one; bash finetune/finetune.sh, or torchrun "
+            f"--nproc_per_node {training_args.visible_gpus} finetune.py, uses all"]
 
 
 def compilation_locks():

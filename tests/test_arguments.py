@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
 from finetune import parse_arguments
+from mechanisms import strategies
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 
@@ -192,3 +195,21 @@ def test_lora_flags_the_model_cannot_do(flags, message, make_model, tmp_path, ca
         finetune.main(["--model_name_or_path", str(make_model()), "--data_path", str(EXAMPLES / "data"),
                        "--output_dir", str(tmp_path), *flags])
     assert message in capsys.readouterr().err
+
+
+def test_a_single_process_uses_one_gpu_and_says_so(monkeypatch, tmp_path):
+    argv = ["--data_path", "x", "--output_dir", str(tmp_path)]
+    args = parse_arguments(argv)[2]
+    assert args.visible_gpus <= 1 and strategies.idle_gpus(args) == []
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 4)))
+    monkeypatch.delattr(transformers.TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(transformers.TrainingArguments, "device", torch.device("cpu"))
+    args = parse_arguments(argv)[2]
+    assert args.n_gpu == 1
+    [line] = strategies.idle_gpus(args)
+    assert line.startswith("4 GPUs are here and this run uses one") and "--nproc_per_node 4" in line
+
+
+def test_liger_needs_a_gpu():
+    with pytest.raises(UserError, match="--use_liger_kernel needs a GPU"):
+        parse_arguments(["--data_path", "x", "--use_liger_kernel"])

@@ -243,7 +243,7 @@ def test_an_output_layer_with_an_adapter_gets_its_logits(train, capsys):
     assert logged(trainer, "grad_norm")[0][0] > 0
 
 
-# -- gradient checkpointing ----------------------------------------------------------------------------------------------
+# -- gradient checkpointing -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [[], ["--use_lora", "--lora_r", 8], ["--q_lora", "--lora_r", 8]])
 @pytest.mark.parametrize("precision", ["--bf16", "--no_bf16"])
