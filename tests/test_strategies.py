@@ -43,6 +43,7 @@ def cell_argv(strategy, method, model, out, cache_dir):
             "--cache_dir", cache_dir, "--max_steps", STEPS, "--save_steps", 5, "--logging_steps", 1,
             "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", accumulation,
             "--learning_rate", "5e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", 2, "--weight_decay", 0.1,
+            "--eval_ratio", 0.2, "--per_device_eval_batch_size", 5,  # 12 samples: ranks have not equally many
             *METHODS[method], *(["--deepspeed", config] if config else [])]
     return [str(word) for word in argv]
 
@@ -102,6 +103,8 @@ def test_every_cell_trains_to_the_same_numbers_and_its_result_loads(matrix, stra
     for step, (found, expected) in enumerate(zip(numbers(result), alone, strict=True), 1):
         assert found == pytest.approx(expected, rel=1e-4), f"step {step}"
     assert [rate for *_, rate in alone] == pytest.approx(expected_rates())
+    eval_losses = [matrix[each][f"{method}, {kind}"]["log"][-1]["eval_loss"] for each in (strategy, "one process")]
+    assert eval_losses[0] == pytest.approx(eval_losses[1], rel=1e-4)
     loader = AutoModelForCausalLM if method == "full" else AutoPeftModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(result["out"])
     logits = []
