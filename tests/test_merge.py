@@ -39,10 +39,14 @@ def answer(folder, messages):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", ["lora", "full", "chatml", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "full", "chatml", "nf4", "gptq"])
 def test_every_kind_of_adapter(make_adapter, taught, kind, tied, tmp_path, capsys):
-    out = tmp_path / "merged"
-    merge(make_adapter(kind, tied), out)
+    out, original = tmp_path / "merged", make_adapter.original(kind, tied)
+    if kind == "gptq":
+        with pytest.raises(UserError, match=r"Int4 is quantized \(GPTQ\), .* as --base_model"):
+            merge(make_adapter(kind, tied), out)
+        assert not list(tmp_path.iterdir())
+    merge(make_adapter(kind, tied), out, *(["--base_model", original] if kind == "gptq" else []))
     assert {path.name for path in out.iterdir()} == FILES and [path.name for path in tmp_path.iterdir()] == ["merged"]
     assert [answer(out, messages) for messages, _ in taught] == [words for _, words in taught]
     config = AutoConfig.from_pretrained(out)
@@ -52,7 +56,7 @@ def test_every_kind_of_adapter(make_adapter, taught, kind, tied, tmp_path, capsy
     assert tokenizer.eos_token == "<|im_end|>" and config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.eos_token_id in GenerationConfig.from_pretrained(out).eos_token_id
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert f'base_model: "{make_adapter.base(kind, tied)}"' in card and card.count("---\n") == 2
+    assert f'base_model: "{original}"' in card and card.count("---\n") == 2
     assert "library_name: transformers" in card and "| lora_r | 16 |" in card
     said = capsys.readouterr().out
     for line in ("tensors, bit by bit", "3, byte by byte", "greedy answers  3, token by token", f"vllm serve {out}",
