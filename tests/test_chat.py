@@ -45,7 +45,7 @@ def talk(capsys, monkeypatch):
 # One answer
 # ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["lora", "full", "chatml", "nf4", "merged"])
+@pytest.mark.parametrize("kind", ["lora", "full", "chatml", "nf4", "gptq", "merged"])
 def test_one_answer_is_alone_on_stdout(kind, make_adapter, taught, talk, tmp_path, capsys):
     folder = make_adapter("lora" if kind == "merged" else kind)
     if kind == "merged":

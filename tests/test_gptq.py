@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,18 @@ def test_q_lora_on_gptq_after_and_before_other_models_in_one_process(train, quan
     assert "Going on from" in written
     for noise in ("INFO", "loss_type", "multiple devices", "▓", "Extension load"):
         assert noise not in written
+
+
+def test_the_table_counts_packed_weights_and_biases(train, make_model, tmp_path, capsys):
+    """As many as in the 16-bit model, in one with biases."""
+    model = make_model(model_type="qwen2")
+    quantize(model, tmp_path / "int4", "--group-size", 32)
+    capsys.readouterr()
+    tables = []
+    for folder, method in ((model, "--use_lora"), (tmp_path / "int4", "--q_lora")):
+        train(folder, tmp_path / method, method, "--lora_embeddings", "none", "--max_steps", 1)
+        tables.append(re.findall(r"^  (?:trained )?parameters .*", capsys.readouterr().out, re.MULTILINE))
+    assert tables[0] == tables[1] and len(tables[0]) == 2
 
 
 def test_q_lora_on_int8_trains(train, quantized, tmp_path):
