@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 import finetune
 import run_gptq
@@ -230,6 +230,17 @@ def test_refusals_come_before_any_weight_is_loaded(trained, quantized, tmp_path,
         quantize(trained, tmp_path / "out", *(["--group-size", 32] if "--group" not in flags[0] else []),
                  *[known.get(flag, flag) for flag in flags])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [Qwen2MoeConfig, Qwen3MoeConfig])
+def test_mixtures_of_experts_are_refused(config, make_model, tmp_path):
+    """transformers would load random experts."""
+    folder = tmp_path / "moe"
+    shutil.copytree(make_model(), folder)
+    config(num_hidden_layers=1, hidden_size=64, num_experts=4, moe_intermediate_size=88).save_pretrained(folder)
+    with pytest.raises(UserError, match="mixture of experts"):
+        quantize(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_skipped_records_are_written_down(trained, quantized, tmp_path, monkeypatch):
