@@ -277,16 +277,53 @@ def test_a_broken_result_gets_no_name(trained, quantized, tmp_path, monkeypatch,
     assert "Done" not in captured.out and not (tmp_path / "out").exists()
 
 
-def test_a_kill_leaves_nothing_that_looks_complete(trained, tmp_path):
+@pytest.mark.parametrize("stop, code, line", [
+    (signal.SIGKILL, -signal.SIGKILL, "layer 1/2"), (signal.SIGINT, 130, "layer 1/2"), (signal.SIGINT, 130, None)])
+def test_a_stop_leaves_nothing_that_looks_complete(trained, tmp_path, stop, code, line):
+    """While layers are quantized, and (line None) while libraries are imported."""
     run = subprocess.Popen(
         [sys.executable, "run_gptq.py", "--model_name_or_path", str(trained), "--data_path", PERSONA, "--out_path",
-         str(tmp_path / "out"), "--group-size", "32"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in run.stdout:
-        if line.startswith("layer 1/2"):
-            break
-    os.kill(run.pid, signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+         str(tmp_path / "out"), "--group-size", "32"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True)
+    if line:
+        next(said for said in run.stdout if said.startswith(line))
+    else:
+        while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+            time.sleep(0.05)
+    run.send_signal(stop)
+    errors = run.communicate(timeout=100)[1]
+    assert run.returncode == code
+    assert [path.name for path in tmp_path.iterdir()] == (["out.unfinished"] if line else [])
+    if stop == signal.SIGINT:
+        assert errors.endswith("\ninterrupted\n") and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("module, function, call", [
+    ("run_gptq", "measure", 1), ("run_gptq", "quantize", 1), ("shutil", "copy", 3), ("run_gptq", "complete", 1),
+    ("run_gptq", "write", 2), ("run_gptq", "measure", 2), ("run_gptq", "write", 3), ("os", "replace", 1)])
+def test_a_kill_between_two_files_leaves_nothing_that_looks_complete(trained, quantized, tmp_path, monkeypatch, module,
+                                                                     function, call):
+    """Cut off at any step, as nothing is done after it."""
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(run_gptq, "quantize", copy_of(quantized[4][0]))
+    monkeypatch.setattr(run_gptq, "measure", lambda folder, samples: (1.5, 1000))
+    whole, calls = getattr(sys.modules[module], function), []
+
+    def cut_off(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise Killed
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(sys.modules[module], function, cut_off)
+    with pytest.raises(Killed):
+        quantize(trained, tmp_path / "out", "--group-size", 32)
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    monkeypatch.setattr(sys.modules[module], function, whole)
+    quantize(trained, tmp_path / "out", "--group-size", 32)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
 def test_flags_are_answered_before_torch_is_imported(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jinja2
@@ -234,6 +235,51 @@ def test_a_kill_leaves_no_folder_that_looks_complete(make_adapter, tmp_path, tau
             chat.load(str(out))
     merge(make_adapter("lora"), out, *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"] and answer(out, taught[0][0]) == taught[0][1]
+
+
+@pytest.mark.parametrize("line", [None, "Merged"])
+def test_ctrl_c_ends_with_one_line(make_adapter, tmp_path, line):
+    """While libraries are imported (line None), and in the middle of the work."""
+    run = subprocess.Popen([sys.executable, str(ROOT / "merge_lora.py"), "--adapter_path", str(make_adapter("lora")),
+                            "--output_dir", str(tmp_path / "merged")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+    if line:
+        next(said for said in run.stdout if said.startswith(line))
+    else:
+        while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+            time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=100)[1] == "\ninterrupted\n" and run.returncode == 130
+    assert not (tmp_path / "merged").exists()
+
+
+def test_memory_holds_one_copy_of_the_model(make_model, tmp_path):
+    """Measured on 1 GB of random weights; the limit leaves room for the activations of the questions."""
+    base, adapter = tmp_path / "base-chat", tmp_path / "adapter"
+    AutoTokenizer.from_pretrained(make_model()).save_pretrained(base)
+    config = AutoConfig.from_pretrained(make_model())
+    config.update({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16,
+                   "layer_types": ["full_attention"] * 4})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(base)
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    del model
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", r=8,
+                                                                               target_modules=["q_proj", "down_proj"]))
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    del model
+    program = ("import resource, sys, peft, merge_lora\n"
+               "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+               "before = peak()\n"
+               "merge_lora.merge(sys.argv[1:])\n"
+               "print('grown by', peak() - before)")
+    run = subprocess.run([sys.executable, "-c", program, "--adapter_path", str(adapter), "--output_dir",
+                          str(tmp_path / "merged")], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    copies = int(run.stdout.split()[-1]) * 1024 / size
+    print(f"{size / 1e9:.2f} GB of weights, {copies:.2f} copies in memory at most")
+    assert size > 1e9 and copies < 1.3
+    shutil.rmtree(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
