@@ -258,8 +258,8 @@ def test_memory_holds_one_copy_of_the_model(make_model, tmp_path):
     base, adapter = tmp_path / "base-chat", tmp_path / "adapter"
     AutoTokenizer.from_pretrained(make_model()).save_pretrained(base)
     config = AutoConfig.from_pretrained(make_model())
-    config.update({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16,
-                   "layer_types": ["full_attention"] * 4})
+    config.update({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 5, "num_attention_heads": 16,
+                   "layer_types": ["full_attention"] * 5})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(base)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
