@@ -43,7 +43,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging
 
 from finetune import IGNORED, ConversationEncoder, load_conversations, load_tokenizer
-from mechanisms.checks import first_line, load_config
+from mechanisms.checks import check_disk, first_line, load_config
 from mechanisms.console import counted, say, table
 from mechanisms.loading import LOADING_ERRORS, load_weights
 from mechanisms.record_shapes import BadRecord
@@ -294,6 +294,7 @@ def run(argv):
     if not math.isfinite(before):
         raise UserError(f"{args.model_name_or_path} itself is broken: its perplexity on the data is {before}")
     say(f"Perplexity before: {before:.4f}")
+    check_disk("--out_path", unfinished, size_before)  # the layers not yet rounded and those that are
     quantize(args, unfinished, samples, config.num_hidden_layers)
     complete(args, unfinished, tokenizer)
     gc.collect()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +230,13 @@ def test_refusals_come_before_any_weight_is_loaded(trained, quantized, tmp_path,
     with pytest.raises(UserError, match=message):
         quantize(trained, tmp_path / "out", *(["--group-size", 32] if "--group" not in flags[0] else []),
                  *[known.get(flag, flag) for flag in flags])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named_before_the_work(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="--out_path: 0.0 GB are needed there, and 0.0 GB are free"):
+        quantize(trained, tmp_path / "out", "--group-size", 32)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jinja2
 import pytest
@@ -268,8 +269,8 @@ def test_memory_holds_one_copy_of_the_model(make_model, tmp_path):
                                                                                target_modules=["q_proj", "down_proj"]))
     model.save_pretrained(adapter, save_embedding_layers=False)
     del model
-    program = ("import resource, sys, peft, merge_lora\n"
-               "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    program = ("import re, sys, peft, merge_lora\n"  # (getrusage would count the memory of this process in)
+               "def peak(): return int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
                "before = peak()\n"
                "merge_lora.merge(sys.argv[1:])\n"
                "print('grown by', peak() - before)")
@@ -278,7 +279,7 @@ def test_memory_holds_one_copy_of_the_model(make_model, tmp_path):
     assert run.returncode == 0, run.stderr
     copies = int(run.stdout.split()[-1]) * 1024 / size
     print(f"{size / 1e9:.2f} GB of weights, {copies:.2f} copies in memory at most")
-    assert size > 1e9 and copies < 1.3
+    assert size > 1e9 and 0.9 < copies < 1.3
     shutil.rmtree(tmp_path)
 
 
@@ -366,6 +367,13 @@ def test_what_cannot_be_merged(case, message, make_adapter, make_model, tmp_path
         merge(adapter, out, *flags)
     assert out.is_file() or not out.exists()
     assert not Path(f"{out}.unfinished").exists()
+
+
+def test_a_full_disk_is_named(make_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="--output_dir: 0.0 GB are needed there, and 0.0 GB are free"):
+        merge(make_adapter("lora"), tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("trained", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["lm_head"]},
