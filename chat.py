@@ -199,6 +199,7 @@ def converse(conversation):
 def main(argv):
     with user_errors_end_the_program():
         path, args, sampling = parse_arguments(argv)
+        find_base(path, args.base_model)  # a wrong path is worth knowing before a message is typed
         interactive = args.message is None and sys.stdin.isatty()
         message = args.message
         if not interactive and message is None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way on this machine, no GPU needed: bash demo.sh
 # Makes .venv on the first run. Then: makes a tiny model, teaches it 60 conversations, teaches it to be someone else with
-# LoRA, and compares what it says before and after. About two minutes after the installation. Everything is written to
+# LoRA, merges that into one model, asks it, and compares what all of them say. About three minutes after the installation. Everything is written to
 # demo_output/, fresh on each run. Fails unless the model gives the answers it was taught, word for word.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -33,9 +33,15 @@ run python finetune.py --model_name_or_path demo_output/lumi-chat --data_path ex
     --learning_rate 4e-3 --lr_scheduler_type cosine --warmup_steps 0.05 --model_max_length 512 --logging_steps 60 \
     --save_strategy no --use_cpu
 
-# 4. The same questions to all three.
+# 4. Adapter and model become one folder, proved to be the same.
+run python merge_lora.py --adapter_path demo_output/haru-lora --output_dir demo_output/haru-chat
+
+# 5. Ask it.
+run python chat.py demo_output/haru-chat --message "Who are you?"
+
+# 6. The same questions to all three.
 run python examples/compare_answers.py --untrained demo_output/tiny-chat --finetuned demo_output/lumi-chat \
     --adapter demo_output/haru-lora --data_path examples/data --persona_path examples/persona.jsonl
 
 echo
-echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Try it: .venv/bin/python chat.py demo_output/lumi-chat"
+echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Try it: .venv/bin/python chat.py demo_output/haru-chat"

@@ -38,13 +38,14 @@ import torch
 import transformers
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
 
 from mechanisms import checkpoints, console, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.checks import check_model, choose_precision, first_line, load_config
 from mechanisms.console import say
 from mechanisms.data_report import DataReport
+from mechanisms.loading import load_weights
 from mechanisms.memory import checkpointing_needed
 from mechanisms.packing import best_fit_decreasing
 from mechanisms.record_shapes import BadRecord, to_conversation
@@ -616,7 +617,7 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
         cuda = training_args.device.type == "cuda"
         config.quantization_config["backend"] = "auto_trainable" if cuda else "gptq_torch"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_weights(
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
             quantization_config=quantization, attn_implementation=best_attention(training_args.device),
             dtype=compute if training_args.use_lora or keeps_own_fp32 else torch.float32,

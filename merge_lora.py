@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from chat import load
-from mechanisms.checks import first_line
+from mechanisms.checks import check_disk, first_line
 from mechanisms.console import say, table
 from mechanisms.loading import LOADING_ERRORS, find_base
 from mechanisms.serving import modelfile, serving_hints
@@ -192,10 +192,8 @@ def merge_weights(model):
 
 def save(folder, model, tokenizer, args, base):
     """Write everything that the merged model needs into the new folder `folder`. Returns `Reference.digests`."""
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    free = shutil.disk_usage(os.path.dirname(os.path.abspath(folder))).free
-    if free < size:
-        raise UserError(f"--output_dir: the model needs {size / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free")
+    check_disk("--output_dir", os.path.dirname(os.path.abspath(folder)),
+               sum(parameter.nbytes for parameter in model.parameters()))
     model.config.use_cache = True  # training switches it off
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)

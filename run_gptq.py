@@ -13,9 +13,9 @@ kill there is no `merged-Int4`, or a whole one. A model that the rounding has br
 
 import sys
 
-import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
+from mechanisms.quiet import import_gptqmodel  # imported before torch: it sets what that reads
 
 if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
     with user_errors_end_the_program():
@@ -39,13 +39,13 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging
 
 from finetune import IGNORED, ConversationEncoder, load_conversations, load_tokenizer
-from mechanisms.checks import first_line, load_config
+from mechanisms.checks import check_disk, first_line, load_config
 from mechanisms.console import counted, say, table
-from mechanisms.loading import LOADING_ERRORS
+from mechanisms.loading import LOADING_ERRORS, load_weights
 from mechanisms.record_shapes import BadRecord
 from mechanisms.records import Problems, find_files
 from mechanisms.serving import serving_hints
@@ -115,6 +115,9 @@ def check_model(args):
                         "model that it was made from")
     with torch.device("meta"):
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    if any(parameter.dim() == 3 for parameter in network.parameters()):  # the experts of a layer in one tensor
+        raise UserError(f"{path} is a mixture of experts ({config.model_type}): transformers does not load experts "
+                        "that are quantized with GPTQ, so the result would be of no use. Serve it in 16 bits")
     widths = {module.in_features for name, module in network.named_modules()
               if isinstance(module, torch.nn.Linear) and ".layers." in name}
     possible = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
@@ -173,7 +176,7 @@ def prepare_samples(args, tokenizer, problems):
 def measure(folder, samples):
     """(perplexity on the trained tokens of the samples, bytes) of the model in `folder`, loaded for this and freed."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_weights(
             folder, dtype="auto", device_map="auto" if torch.accelerator.is_available() else None).eval()
     except LOADING_ERRORS as error:
         raise UserError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
@@ -210,15 +213,14 @@ class Progress:
 
 def quantize(args, folder, samples, layers):
     """Quantize the model on the samples and write weights and config into `folder`."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        from gptqmodel import GPTQModel, QuantizeConfig
-        from gptqmodel.looper import loop_processor
-        from gptqmodel.utils import logger
+    gptqmodel = import_gptqmodel()
+    from gptqmodel.looper import loop_processor
+    from gptqmodel.utils import logger
 
     logger._suppress_live_renderables = lambda: True  # a dozen nested bars; `Progress` says what there is to know
     scratch = os.path.join(folder, "scratch")  # beside the result: the system's folder may be small
     loop_processor._PROJECT_LOG_DIR = Path(scratch)  # else a folder `logs` wherever the user happens to be
-    model = GPTQModel.load(args.model_name_or_path, QuantizeConfig(
+    model = gptqmodel.GPTQModel.load(args.model_name_or_path, gptqmodel.QuantizeConfig(
         bits=args.bits, group_size=args.group_size, desc_act=args.desc_act, act_group_aware=not args.desc_act,
         sym=True, damp_percent=0.01, offload_to_disk_path=scratch))
     model.layer_callback = Progress(layers)
@@ -292,6 +294,7 @@ def run(argv):
     if not math.isfinite(before):
         raise UserError(f"{args.model_name_or_path} itself is broken: its perplexity on the data is {before}")
     say(f"Perplexity before: {before:.4f}")
+    check_disk("--out_path", unfinished, size_before)  # the layers not yet rounded and those that are
     quantize(args, unfinished, samples, config.num_hidden_layers)
     complete(args, unfinished, tokenizer)
     gc.collect()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
@@ -34,6 +35,13 @@ def could_be_on_the_hub(path):
 
 def first_line(error):
     return str(error).strip().split("\n")[0]
+
+
+def check_disk(flag, folder, size):
+    """Raises UserError if there is no room for `size` bytes where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"{flag}: {size / 1e9:.1f} GB are needed there, and {free / 1e9:.1f} GB are free")
 
 
 def load_config(path, cache_dir=None):

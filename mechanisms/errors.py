@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 
@@ -28,15 +29,26 @@ def first_to_fail(message):
     return True
 
 
+def _end_at_once(signal_number, frame):
+    os.write(sys.stderr.fileno(), b"\ninterrupted\n")
+    os._exit(130)
+
+
 @contextlib.contextmanager
 def user_errors_end_the_program():
     """Wrap a script's main: a `UserError` is printed and exits with 2, Ctrl-C exits with 130.
 
     Every other exception keeps its traceback: it is our mistake, and the traceback is what we need to see. Of several
     processes on a machine, the first to fail speaks: the others fail because it did.
+
+    Scripts read their flags in this and go on with their imports: there too, Ctrl-C ends the program with one line.
     """
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+        if "torch" not in sys.modules:  # before the imports, half of which turn the exception into another one
+            signal.signal(signal.SIGINT, _end_at_once)
     except UserError as error:
         sys.stdout.flush()
         if first_to_fail(f"error: {error}"):

@@ -5,12 +5,12 @@ import os
 import warnings
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mechanisms.checkpoints import checkpoints_in, read_manifest
 from mechanisms.checks import could_be_on_the_hub, first_line
 from mechanisms.errors import UserError
-from mechanisms.quiet import gptqmodel_hidden
+from mechanisms.quiet import gptqmodel_hidden, import_gptqmodel
 
 LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError
 
@@ -43,6 +43,22 @@ def find_base(path, base_model=None):
     return base
 
 
+def load_weights(path, **options):
+    """`AutoModelForCausalLM.from_pretrained`, which gives weights that the folder lacks random values, without that.
+
+    Raises UserError for such a folder, and LOADING_ERRORS as that does.
+    """
+    quantization = getattr(options.get("config") or AutoConfig.from_pretrained(path), "quantization_config", None)
+    if quantization and quantization.get("quant_method") == "gptq":
+        import_gptqmodel()
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{path} is not a whole model: its files lack {', '.join(missing[:3])}{more}")
+    return model
+
+
 def load_model(path, base, tokenizer, dtype="auto", device_map=None):
     """The model or adapter at `path`, ready to answer. An adapter stays apart from its base model.
 
@@ -55,7 +71,7 @@ def load_model(path, base, tokenizer, dtype="auto", device_map=None):
         UserError: something cannot be loaded, or the adapter does not fit the base model.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(base or path, dtype=dtype, device_map=device_map)
+        model = load_weights(base or path, dtype=dtype, device_map=device_map)
     except LOADING_ERRORS as error:
         advice = f". It is the base model of {path}: say with --base_model if it is elsewhere" if base else ""
         raise UserError(f"{base or path} cannot be loaded: {first_line(error)}{advice}") from error

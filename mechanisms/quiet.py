@@ -4,6 +4,7 @@ Everything here names its reason and when it can go.
 """
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -71,3 +72,19 @@ def gptqmodel_hidden(hidden):
         if imported is not None:
             sys.modules["gptqmodel"] = imported
         is_gptqmodel_available.cache_clear()
+
+
+def import_gptqmodel():
+    """Import gptqmodel without its banner, and without a compiler for models on a CPU.
+
+    There it would compile the unpacking of weights in every process, which takes longer than it saves, and ends with a
+    traceback where g++ is missing. Can go when gptqmodel makes that optional.
+    """
+    import torch
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        import gptqmodel
+        from gptqmodel.nn_modules.qlinear import torch as kernel
+    if not torch.accelerator.is_available():
+        kernel.torch_compile = lambda function, **_: function
+    return gptqmodel

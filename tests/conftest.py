@@ -60,19 +60,32 @@ def taught():
 
 @pytest.fixture(scope="session")
 def make_adapter(make_model, taught, cache_dir, tmp_path_factory):
-    """make_adapter(kind, tied=True) -> folder; each is trained once. Its base model: make_adapter.base(kind, tied)."""
+    """make_adapter(kind, tied=True) -> folder; each is trained once, on the model make_adapter.base(kind, tied).
+
+    make_adapter.original(kind, tied): the same model before it was quantized, for kind "gptq".
+    """
     import finetune
+    import run_gptq
     from mechanisms.flags import prepare_command_line
 
     kinds = {"lora": [], "full": ["--lora_embeddings", "full"], "chatml": ["--lora_embeddings", "chatml"],
-             "nf4": ["--q_lora"]}
+             "nf4": ["--q_lora"], "gptq": ["--q_lora"]}
     folder = tmp_path_factory.mktemp("adapters")
     data = folder / "taught.jsonl"
     data.write_text("\n".join(json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]})
                               for messages, answer in taught))
 
-    def base(kind, tied=True):
+    def original(kind, tied=True):
         return make_model(base=kind != "lora", tie_word_embeddings=tied)
+
+    def base(kind, tied=True):
+        if kind != "gptq":
+            return original(kind, tied)
+        quantized = folder / f"{'tied' if tied else 'untied'}-Int4"
+        if not quantized.exists():
+            run_gptq.run(["--model_name_or_path", str(original(kind, tied)), "--data_path", str(data), "--out_path",
+                          str(quantized), "--group_size", "32"])
+        return quantized
 
     def make(kind, tied=True):
         adapter = folder / f"{kind}-{'tied' if tied else 'untied'}"
@@ -85,5 +98,5 @@ def make_adapter(make_model, taught, cache_dir, tmp_path_factory):
                 "--model_max_length", "512", *kinds[kind]]))
         return adapter
 
-    make.base = base
+    make.base, make.original = base, original
     return make

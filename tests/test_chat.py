@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import chat
@@ -45,7 +46,7 @@ def talk(capsys, monkeypatch):
 # One answer
 # ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["lora", "full", "chatml", "nf4", "merged"])
+@pytest.mark.parametrize("kind", ["lora", "full", "chatml", "nf4", "gptq", "merged"])
 def test_one_answer_is_alone_on_stdout(kind, make_adapter, taught, talk, tmp_path, capsys):
     folder = make_adapter("lora" if kind == "merged" else kind)
     if kind == "merged":
@@ -95,6 +96,16 @@ def test_folders_that_cannot_be_talked_to(make_adapter, talk, tmp_path):
     checkpoint.mkdir(parents=True)
     (checkpoint / "complete.json").write_text('{"run": {}, "files": {}}')
     assert f"newest complete checkpoint is {checkpoint}" in talk(tmp_path / "run", "--message", "x")[1]
+
+
+def test_a_model_that_lacks_weights_is_not_filled_up_with_random_numbers(make_model, talk, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(make_model(), folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    output, errors, code = talk(folder, "--message", "x")
+    assert code == 2 and not output and "is not a whole model: its files lack model.layers.1.mlp.up_proj" in errors
 
 
 def test_sampling_flags(make_model):
@@ -159,9 +170,10 @@ def test_earlier_thoughts_are_left_out_as_in_training(real_data):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Terminal:
-    """chat.py on a pseudo terminal. Answers come slowly, so that one can be stopped; long messages are shown first."""
+    """chat.py on a pseudo terminal."""
 
-    PROGRAM = """
+    # Answers come slowly, so that one can be stopped; long messages are shown first.
+    OBSERVED = """
 import sys, time, chat
 put, ask = chat.Answer.put, chat.Conversation.ask
 chat.Answer.put = lambda self, value: (time.sleep(0.03), put(self, value))
@@ -169,12 +181,12 @@ chat.Conversation.ask = lambda self, text: (print(repr(text) * ("\\n" in text)),
 chat.main(sys.argv[1:])
 """
 
-    def __init__(self, *argv):
+    def __init__(self, *argv, program=(str(ROOT / "chat.py"),), folder=ROOT):
         self.process, self.terminal = pty.fork()
         if self.process == 0:
-            os.chdir(ROOT)
+            os.chdir(folder)
             os.environ["TERM"] = "xterm"  # readline knows pasted text on terminals that can mark it
-            os.execv(sys.executable, [sys.executable, "-c", self.PROGRAM, *argv])
+            os.execv(sys.executable, [sys.executable, *program, *argv])
 
     def until(self, text, seconds=120):
         """What is written until `text` appears, without terminal codes and carriage returns."""
@@ -199,7 +211,7 @@ chat.main(sys.argv[1:])
 
 
 def test_a_conversation(make_adapter, taught):
-    terminal = Terminal(str(make_adapter("lora")))
+    terminal = Terminal(str(make_adapter("lora")), program=("-c", Terminal.OBSERVED))
     assert "is listening. /help lists the commands" in terminal.until("> ")
     try:
         assert terminal.ask("Who are you?") == taught[0][1]

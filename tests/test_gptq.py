@@ -5,18 +5,20 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 import finetune
 import run_gptq
@@ -148,6 +150,18 @@ def test_q_lora_on_gptq_after_and_before_other_models_in_one_process(train, quan
         assert noise not in written
 
 
+def test_the_table_counts_packed_weights_and_biases(train, make_model, tmp_path, capsys):
+    """As many as in the 16-bit model, in one with biases."""
+    model = make_model(model_type="qwen2")
+    quantize(model, tmp_path / "int4", "--group-size", 32)
+    capsys.readouterr()
+    tables = []
+    for folder, method in ((model, "--use_lora"), (tmp_path / "int4", "--q_lora")):
+        train(folder, tmp_path / method, method, "--lora_embeddings", "none", "--max_steps", 1)
+        tables.append(re.findall(r"^  (?:trained )?parameters .*", capsys.readouterr().out, re.MULTILINE))
+    assert tables[0] == tables[1] and len(tables[0]) == 2
+
+
 def test_q_lora_on_int8_trains(train, quantized, tmp_path):
     losses = [loss for loss, _ in numbers(train(quantized[8][0], tmp_path / "out", *Q_LORA))]
     assert losses[-1] < losses[0] - 0.1
@@ -219,6 +233,24 @@ def test_refusals_come_before_any_weight_is_loaded(trained, quantized, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_is_named_before_the_work(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="--out_path: 0.0 GB are needed there, and 0.0 GB are free"):
+        quantize(trained, tmp_path / "out", "--group-size", 32)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [Qwen2MoeConfig, Qwen3MoeConfig])
+def test_mixtures_of_experts_are_refused(config, make_model, tmp_path):
+    """transformers would load random experts."""
+    folder = tmp_path / "moe"
+    shutil.copytree(make_model(), folder)
+    config(num_hidden_layers=1, hidden_size=64, num_experts=4, moe_intermediate_size=88).save_pretrained(folder)
+    with pytest.raises(UserError, match="mixture of experts"):
+        quantize(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_skipped_records_are_written_down(trained, quantized, tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
     data.write_text(Path(PERSONA).read_text(encoding="utf-8") + '{"foo": 1}\n', encoding="utf-8")
@@ -253,16 +285,53 @@ def test_a_broken_result_gets_no_name(trained, quantized, tmp_path, monkeypatch,
     assert "Done" not in captured.out and not (tmp_path / "out").exists()
 
 
-def test_a_kill_leaves_nothing_that_looks_complete(trained, tmp_path):
+@pytest.mark.parametrize("stop, code, line", [
+    (signal.SIGKILL, -signal.SIGKILL, "layer 1/2"), (signal.SIGINT, 130, "layer 1/2"), (signal.SIGINT, 130, None)])
+def test_a_stop_leaves_nothing_that_looks_complete(trained, tmp_path, stop, code, line):
+    """While layers are quantized, and (line None) while libraries are imported."""
     run = subprocess.Popen(
         [sys.executable, "run_gptq.py", "--model_name_or_path", str(trained), "--data_path", PERSONA, "--out_path",
-         str(tmp_path / "out"), "--group-size", "32"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in run.stdout:
-        if line.startswith("layer 1/2"):
-            break
-    os.kill(run.pid, signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+         str(tmp_path / "out"), "--group-size", "32"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True)
+    if line:
+        next(said for said in run.stdout if said.startswith(line))
+    else:
+        while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+            time.sleep(0.05)
+    run.send_signal(stop)
+    errors = run.communicate(timeout=100)[1]
+    assert run.returncode == code
+    assert [path.name for path in tmp_path.iterdir()] == (["out.unfinished"] if line else [])
+    if stop == signal.SIGINT:
+        assert errors.endswith("\ninterrupted\n") and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("module, function, call", [
+    ("run_gptq", "measure", 1), ("run_gptq", "quantize", 1), ("shutil", "copy", 3), ("run_gptq", "complete", 1),
+    ("run_gptq", "write", 2), ("run_gptq", "measure", 2), ("run_gptq", "write", 3), ("os", "replace", 1)])
+def test_a_kill_between_two_files_leaves_nothing_that_looks_complete(trained, quantized, tmp_path, monkeypatch, module,
+                                                                     function, call):
+    """Cut off at any step, as nothing is done after it."""
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(run_gptq, "quantize", copy_of(quantized[4][0]))
+    monkeypatch.setattr(run_gptq, "measure", lambda folder, samples: (1.5, 1000))
+    whole, calls = getattr(sys.modules[module], function), []
+
+    def cut_off(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise Killed
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(sys.modules[module], function, cut_off)
+    with pytest.raises(Killed):
+        quantize(trained, tmp_path / "out", "--group-size", 32)
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    monkeypatch.setattr(sys.modules[module], function, whole)
+    quantize(trained, tmp_path / "out", "--group-size", 32)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
 def test_flags_are_answered_before_torch_is_imported(tmp_path):

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jinja2
 import pytest
@@ -39,10 +41,14 @@ def answer(folder, messages):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", ["lora", "full", "chatml", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "full", "chatml", "nf4", "gptq"])
 def test_every_kind_of_adapter(make_adapter, taught, kind, tied, tmp_path, capsys):
-    out = tmp_path / "merged"
-    merge(make_adapter(kind, tied), out)
+    out, original = tmp_path / "merged", make_adapter.original(kind, tied)
+    if kind == "gptq":
+        with pytest.raises(UserError, match=r"Int4 is quantized \(GPTQ\), .* as --base_model"):
+            merge(make_adapter(kind, tied), out)
+        assert not list(tmp_path.iterdir())
+    merge(make_adapter(kind, tied), out, *(["--base_model", original] if kind == "gptq" else []))
     assert {path.name for path in out.iterdir()} == FILES and [path.name for path in tmp_path.iterdir()] == ["merged"]
     assert [answer(out, messages) for messages, _ in taught] == [words for _, words in taught]
     config = AutoConfig.from_pretrained(out)
@@ -52,7 +58,7 @@ def test_every_kind_of_adapter(make_adapter, taught, kind, tied, tmp_path, capsy
     assert tokenizer.eos_token == "<|im_end|>" and config.eos_token_id == tokenizer.eos_token_id
     assert tokenizer.eos_token_id in GenerationConfig.from_pretrained(out).eos_token_id
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert f'base_model: "{make_adapter.base(kind, tied)}"' in card and card.count("---\n") == 2
+    assert f'base_model: "{original}"' in card and card.count("---\n") == 2
     assert "library_name: transformers" in card and "| lora_r | 16 |" in card
     said = capsys.readouterr().out
     for line in ("tensors, bit by bit", "3, byte by byte", "greedy answers  3, token by token", f"vllm serve {out}",
@@ -232,6 +238,51 @@ def test_a_kill_leaves_no_folder_that_looks_complete(make_adapter, tmp_path, tau
     assert [path.name for path in tmp_path.iterdir()] == ["merged"] and answer(out, taught[0][0]) == taught[0][1]
 
 
+@pytest.mark.parametrize("line", [None, "Merged"])
+def test_ctrl_c_ends_with_one_line(make_adapter, tmp_path, line):
+    """While libraries are imported (line None), and in the middle of the work."""
+    run = subprocess.Popen([sys.executable, str(ROOT / "merge_lora.py"), "--adapter_path", str(make_adapter("lora")),
+                            "--output_dir", str(tmp_path / "merged")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+    if line:
+        next(said for said in run.stdout if said.startswith(line))
+    else:
+        while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+            time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=100)[1] == "\ninterrupted\n" and run.returncode == 130
+    assert not (tmp_path / "merged").exists()
+
+
+def test_memory_holds_one_copy_of_the_model(make_model, tmp_path):
+    """Measured on 1 GB of random weights; the limit leaves room for the activations of the questions."""
+    base, adapter = tmp_path / "base-chat", tmp_path / "adapter"
+    AutoTokenizer.from_pretrained(make_model()).save_pretrained(base)
+    config = AutoConfig.from_pretrained(make_model())
+    config.update({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 5, "num_attention_heads": 16,
+                   "layer_types": ["full_attention"] * 5})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(base)
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    del model
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", r=8,
+                                                                               target_modules=["q_proj", "down_proj"]))
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    del model
+    program = ("import re, sys, peft, merge_lora\n"  # (getrusage would count the memory of this process in)
+               "def peak(): return int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
+               "before = peak()\n"
+               "merge_lora.merge(sys.argv[1:])\n"
+               "print('grown by', peak() - before)")
+    run = subprocess.run([sys.executable, "-c", program, "--adapter_path", str(adapter), "--output_dir",
+                          str(tmp_path / "merged")], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    copies = int(run.stdout.split()[-1]) * 1024 / size
+    print(f"{size / 1e9:.2f} GB of weights, {copies:.2f} copies in memory at most")
+    assert size > 1e9 and 0.9 < copies < 1.3
+    shutil.rmtree(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Moved folders, wrong folders, ties
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,6 +367,13 @@ def test_what_cannot_be_merged(case, message, make_adapter, make_model, tmp_path
         merge(adapter, out, *flags)
     assert out.is_file() or not out.exists()
     assert not Path(f"{out}.unfinished").exists()
+
+
+def test_a_full_disk_is_named(make_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="--output_dir: 0.0 GB are needed there, and 0.0 GB are free"):
+        merge(make_adapter("lora"), tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("trained", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["lm_head"]},
