@@ -45,6 +45,7 @@ from mechanisms import checkpoints, console, strategies, summary
 from mechanisms.checks import check_model, choose_precision, first_line, load_config
 from mechanisms.console import say
 from mechanisms.data_report import DataReport
+from mechanisms.qwen1 import QWEN_CHATML, standard_folder
 from mechanisms.record_shapes import BadRecord, to_conversation
 from mechanisms.records import Problems, find_files, read_records
 from mechanisms.template_probe import dict_keys, rendered_parts, split_thinking, used_parts
@@ -174,16 +175,6 @@ def parse_arguments(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations: a JSON record -> messages -> input_ids and labels
 # ---------------------------------------------------------------------------------------------------------------------
-
-QWEN_CHATML = (
-    "{% for message in messages %}"
-    "{% if loop.first and message.role != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-
 
 class Sample(NamedTuple):
     """input_ids and labels (lists of int of one length; labels are IGNORED where nothing is trained).
@@ -499,7 +490,7 @@ class PadToLongest:
 def load_tokenizer(path, cache_dir=None):
     """The model's tokenizer, ending turns with <|im_end|>; ChatML as Qwen has it if it brings no chat template."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir)
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         if tokenizer.vocab_size < 256:  # a folder without tokenizer files gives an empty one
             raise OSError("its tokenizer files are missing")
     except (OSError, ValueError, KeyError) as error:
@@ -630,6 +621,7 @@ def train(argv):
         training_args.output_dir, training_args.resume_from_checkpoint)
     say(*[f"note: {notice}" for notice in notices + strategies.overridden_flags(training_args)])
     strategies.join_ranks(training_args)
+    model_args.model_name_or_path = standard_folder(model_args.model_name_or_path, training_args.cache_dir)
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
     check_model(config, training_args, lora_args, LoraArguments())
     tokenizer = load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)

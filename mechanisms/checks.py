@@ -8,6 +8,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from mechanisms.console import say
 from mechanisms.errors import UserError
+from mechanisms.qwen1 import todays_names
 
 
 def choose_precision(bf16, fp16, use_cpu):
@@ -68,6 +69,7 @@ def check_model(config, training_args, lora_args, lora_defaults):
     with torch.device("meta"):  # the network without its weights (from_config would share them out under ZeRO-3)
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     names = {name.rpartition(".")[2] for name, _ in network.named_modules()}
+    lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, names)
     missing = [name for name in lora_args.lora_target_modules if name.rpartition(".")[2] not in names]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
