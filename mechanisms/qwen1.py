@@ -102,7 +102,7 @@ def standard_folder(path, cache_dir=None):
         return folder
     try:
         os.makedirs(parent, exist_ok=True)
-        with WeakFileLock(parent + ".lock"):
+        with WeakFileLock(folder + ".lock"):
             if not os.path.isdir(folder):
                 _write(folder, source, config, files, os.path.abspath(path) if os.path.isdir(path) else path)
     except OSError as error:
@@ -134,8 +134,8 @@ def todays_names(targets, layers):
     for target in targets:
         now = [name.rpartition(".")[2] for old, names in PROJECTIONS.items() for name in names
                if f".{old}".endswith(f".{target}")]
-        known = target.rpartition(".")[2] in layers or not set(now) <= set(layers)
-        renamed += [target] if known else now
+        meant = now and set(now) <= set(layers) and target.rpartition(".")[2] not in layers
+        renamed += now if meant else [target]
     renamed = list(dict.fromkeys(renamed))
     if renamed != list(targets):
         say(f"note: --lora_target_modules {' '.join(targets)} (names of Qwen-1) is {' '.join(renamed)} in this model")
@@ -252,6 +252,8 @@ def _quantization(settings):
         settings["modules_in_block_to_quantize"] = [
             [now for name in group for now in PROJECTIONS.get(name, [name])]
             for group in settings["modules_in_block_to_quantize"]]
+    if settings.get("group_size") not in (32, 64, 128, 256):
+        settings["backend"] = "gptq_torch"  # on a CPU gptqmodel takes one that fails with others (published ones: 128)
     return settings
 
 
