@@ -472,10 +472,20 @@ def merge_error(adapter, tmp_path, source):
 # ---------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def real(real_data, cache_dir):
+def home(tmp_path_factory):
+    """A home of Hugging Face's cache for the real models, so that each is converted once."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
+        patch.setattr(qwen1, "HF_HOME", str(home))
+        patch.setattr(torch._dynamo.config, "disable", True)  # gptqmodel compiles every layer, for longer than it runs
+        yield home
+
+
+@pytest.fixture(scope="module")
+def real(real_data, home):
     """{name: standard folder} of the real checkpoints."""
     folders = {name: real_data / "checkpoints" / name for name in ("Qwen-tiny-Chat", "Qwen-tiny-Chat-Int4")}
-    return {name: Path(qwen1.standard_folder(str(folder), str(cache_dir))) for name, folder in folders.items()}
+    return {name: Path(qwen1.standard_folder(str(folder))) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("name, tolerance", [("Qwen-tiny-Chat", 1e-5), ("Qwen-tiny-Chat-Int4", 1e-3)])
@@ -523,11 +533,11 @@ def test_tokens_of_all_real_texts(real, real_data):
 
 
 @pytest.mark.parametrize("kind", ["full", "LoRA", "base LoRA", "NF4", "GPTQ"])
-def test_every_method_on_the_real_models(real, real_data, cache_dir, kind, tmp_path, capsys):
+def test_every_method_on_the_real_models(real, real_data, home, kind, tmp_path, capsys):
     source = real_data / "checkpoints" / ("Qwen-tiny-Chat-Int4" if kind == "GPTQ" else "Qwen-tiny-Chat")
     flags = {"full": [], "LoRA": LORA, "base LoRA": [*LORA, "--lora_embeddings", "full"]}.get(
         kind, ["--q_lora", *LORA[1:]])
-    trainer = train(source, tmp_path / "out", cache_dir, *flags,
+    trainer = train(source, tmp_path / "out", home / "finetune_models", *flags,
                     data=real_data / "datasets" / "conversations" / "xiaozhi_chat.json")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses and all(0 < loss < 13 for loss in losses)
@@ -535,7 +545,7 @@ def test_every_method_on_the_real_models(real, real_data, cache_dir, kind, tmp_p
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("你好")["input_ids"]
     trained = logits(trainer.model, ids)
     loaded = logits(loader.from_pretrained(tmp_path / "out", dtype=torch.float32), ids)
-    assert torch.allclose(loaded, trained, atol=2e-2 if kind == "NF4" else 1e-3)
+    assert kind == "NF4" or torch.allclose(loaded, trained, atol=1e-3)  # loaded on 16 bits, trained on 4
     if kind != "full":
         merge = ["--adapter_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "merged")]
         if kind == "GPTQ":
@@ -544,7 +554,7 @@ def test_every_method_on_the_real_models(real, real_data, cache_dir, kind, tmp_p
             merge += ["--base_model", str(real_data / "checkpoints" / "Qwen-tiny-Chat")]
         merge_lora.merge([*merge, "--dtype", "float32"])
         merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ids)
-        assert kind in ("NF4", "GPTQ") or torch.allclose(merged, trained, atol=1e-3)
+        assert kind == "GPTQ" or torch.allclose(merged, loaded, atol=1e-3)  # merged into 16 bits, loaded on 4
     capsys.readouterr()
     chat.main([str(tmp_path / "out"), "--message", "你好", "--max_new_tokens", "4"])
     assert "cut after 4 tokens" in capsys.readouterr().err
