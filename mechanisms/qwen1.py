@@ -34,6 +34,7 @@ from mechanisms.console import counted, say
 from mechanisms.errors import UserError
 
 VERSION = 1  # of what is written: another one is another folder
+SHARD_SIZE = 500_000_000  # bytes
 
 QWEN_CHATML = (
     "{% for message in messages %}"
@@ -292,26 +293,27 @@ def _expected(config, quantized):
 
 
 def _convert_weights(files, folder, expected):
-    """Write each file of weights as one of `folder`, a file at a time in memory, most of it only mapped.
+    """Write the weights, with no more than SHARD_SIZE bytes of them (or one tensor) in memory at a time.
 
     expected: see `_expected`. Returns the dtype of the embedding. Raises UserError: a damaged file, or tensors that are
     not those of the network.
     """
+    groups = [(path, names) for path in files for names in _groups(path)]  # opens every file before much is written
     index, total, dtype = {}, 0, None
-    for number, path in enumerate(counted(files, "converting", "files"), 1):
-        converted = {}
-        for name, tensor in _tensors(path):
-            for new_name, part in _converted(name, tensor, path):
+    for number, (path, names) in enumerate(counted(groups, "converting", "files"), 1):
+        tensors, converted = _tensors(path), {}
+        for name in names:
+            for new_name, part in _converted(name, tensors[name], path):
                 if new_name not in expected:
                     if new_name.endswith("_proj.bias") and not part.any():
                         continue  # AutoGPTQ gives every layer a bias
                     raise UserError(f"{path}: the tensor {name} is not one of a Qwen-1 model of this size")
                 if expected[new_name] not in (part.shape, None):
-                    raise UserError(f"{path}: the tensor {name} has the shape {list(tensor.shape)}, which does not fit "
+                    raise UserError(f"{path}: the tensor {name} has the shape {list(part.shape)}, which does not fit "
                                     "the sizes in config.json")
                 converted[new_name] = part
                 total += part.nbytes
-        shard = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        shard = f"model-{number:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
         index |= dict.fromkeys(converted, shard)
         if "model.embed_tokens.weight" in converted:
             dtype = converted["model.embed_tokens.weight"].dtype
@@ -324,24 +326,37 @@ def _convert_weights(files, folder, expected):
         raise UserError(f"the weights in {os.path.dirname(files[0])} are not whole: "
                         f"{', '.join(missing[:3])} (by their names in Qwen2)"
                         + (f" and {len(missing) - 3} more" if len(missing) > 3 else "") + " would be missing")
-    if len(files) > 1:
+    if len(groups) > 1:
         with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
             json.dump({"metadata": {"total_size": total}, "weight_map": index}, file, indent=1)
     return dtype
 
 
+def _groups(path):
+    """Lists of the names of tensors in the file, each of at most SHARD_SIZE bytes or one tensor."""
+    group, size = [], 0
+    for name, tensor in _tensors(path).items():
+        if group and size + tensor.nbytes > SHARD_SIZE:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += tensor.nbytes
+    yield group
+
+
 def _tensors(path):
-    """(name, tensor) of every tensor in the file, mapped into memory. Raises UserError if the file is damaged."""
+    """{name: tensor} of the file, which is mapped: a tensor takes memory when it is used, until all of them are let go.
+
+    Raises UserError if the file is damaged.
+    """
     try:
         if path.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        else:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                return {name: file.get_tensor(name) for name in file.keys()}
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"{path} is damaged, perhaps not downloaded to its end: "
                         f"{str(error).strip().splitlines()[0]}") from error
-    yield from tensors.items()
 
 
 def _converted(name, tensor, path):

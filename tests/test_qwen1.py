@@ -18,7 +18,7 @@ import pytest
 import tiktoken
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -172,6 +172,16 @@ def test_the_same_network_bit_by_bit(original, network, convert, form, files, ca
     assert capsys.readouterr().out == ""
     os.utime(source / "qwen.tiktoken", (1, 1))
     assert convert(source) != str(folder)  # another file under the same name is another model
+
+
+def test_a_large_file_is_written_in_parts(original, network, tmp_path, monkeypatch):
+    limit = network.lm_head.weight.nbytes  # of the largest tensor
+    monkeypatch.setattr(qwen1, "SHARD_SIZE", limit)
+    folder = Path(qwen1.standard_folder(str(original()), str(tmp_path)))
+    sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in folder.glob("*.safetensors")]
+    assert len(sizes) == 3 and max(sizes) == limit and sum(sizes) == sum(p.nbytes for p in network.parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_end_tokens_of_chat_and_base_models(original, convert):
@@ -409,6 +419,16 @@ def test_names_of_layers(typed, meant, network, capsys):
     assert qwen1.todays_names(["c_attn"], {"c_attn", *layers}) == ["c_attn"]
 
 
+def test_adapters_of_the_original_program_are_refused(original, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "target_modules": ["c_attn", "w1"], "base_model_name_or_path": "Qwen/Qwen-7B-Chat"}))
+    with pytest.raises(SystemExit):
+        finetune.main(["--model_name_or_path", str(original()), "--data_path", str(EXAMPLES / "persona.jsonl"),
+                       "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path), "--use_lora",
+                       "--lora_weight_path", str(tmp_path)])
+    assert "for layers which this model lacks: c_attn w1" in capsys.readouterr().err
+
+
 def train(model, out, cache_dir, *flags, data=EXAMPLES / "persona.jsonl"):
     return finetune.train(prepare_command_line(finetune.__file__, [str(word) for word in (
         "--model_name_or_path", model, "--data_path", data, "--output_dir", out, "--cache_dir", cache_dir,
@@ -465,6 +485,25 @@ def merge_error(adapter, tmp_path, source):
         return str(error)
     finally:
         source.with_name("moved").rename(source)
+
+
+def test_two_ranks(original, tmp_path):
+    """The same losses under ZeRO-2 and ZeRO-3; the ranks start without the converted folder, and one writes it."""
+    source = original()
+    cells = {stage: {"argv": [str(word) for word in (
+        "--model_name_or_path", source, "--data_path", EXAMPLES / "persona.jsonl", "--output_dir", tmp_path / stage,
+        "--cache_dir", tmp_path / "cache", "--max_steps", 2, "--save_strategy", "no", "--logging_steps", 1, "--model_max_length", 128,
+        "--deepspeed", f"ds_config_{stage}.json", "--lora_dropout", 0, *LORA)]} for stage in ("zero2", "zero3")}
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    run = torchrun(["tests/ranks.py", tmp_path / "cells.json", tmp_path / "results.json"])
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("is a Qwen-1 model. It is written once") == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert not any("error" in result for result in results.values()), results
+    losses = [[entry["loss"] for entry in result["log"] if "loss" in entry] for result in results.values()]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for stage in cells:
+        assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / stage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,7 +585,7 @@ def test_every_method_on_the_real_models(real, real_data, home, kind, tmp_path, 
     trained = logits(trainer.model, ids)
     loaded = logits(loader.from_pretrained(tmp_path / "out", dtype=torch.float32), ids)
     assert kind == "NF4" or torch.allclose(loaded, trained, atol=1e-3)  # loaded on 16 bits, trained on 4
-    if kind != "full":
+    if kind not in ("full", "LoRA"):
         merge = ["--adapter_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "merged")]
         if kind == "GPTQ":
             with pytest.raises(UserError, match=r"\(by its name, .*/checkpoints/Qwen-tiny-Chat\)"):
@@ -558,22 +597,3 @@ def test_every_method_on_the_real_models(real, real_data, home, kind, tmp_path, 
     capsys.readouterr()
     chat.main([str(tmp_path / "out"), "--message", "你好", "--max_new_tokens", "4"])
     assert "cut after 4 tokens" in capsys.readouterr().err
-
-
-def test_two_ranks(real, real_data, tmp_path):
-    """The same losses under ZeRO-2 and ZeRO-3; the ranks start without the converted folder, and one writes it."""
-    cells = {stage: {"argv": [str(word) for word in (
-        "--model_name_or_path", real_data / "checkpoints" / "Qwen-tiny-Chat", "--data_path",
-        real_data / "datasets" / "conversations" / "xiaozhi_chat.json", "--output_dir", tmp_path / stage, "--cache_dir",
-        tmp_path / "cache", "--max_steps", 2, "--save_strategy", "no", "--logging_steps", 1, "--model_max_length", 128,
-        "--deepspeed", f"ds_config_{stage}.json", "--lora_dropout", 0, *LORA)]} for stage in ("zero2", "zero3")}
-    (tmp_path / "cells.json").write_text(json.dumps(cells))
-    run = torchrun(["tests/ranks.py", tmp_path / "cells.json", tmp_path / "results.json"])
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("is a Qwen-1 model. It is written once") == 1
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert not any("error" in result for result in results.values()), results
-    losses = [[entry["loss"] for entry in result["log"] if "loss" in entry] for result in results.values()]
-    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
-    for stage in cells:
-        assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / stage)
