@@ -87,8 +87,8 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = field(
         default="output_qwen", metadata={"help": "Folder for checkpoints and the result."})
-    cache_dir: str = field(
-        default=None, metadata={"help": "Folder for downloaded and converted models and tokenized data (default: Hugging Face's)."})
+    cache_dir: str = field(default=None, metadata={
+        "help": "Folder for downloaded and converted models and tokenized data (default: Hugging Face's)."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
     model_max_length: int = field(
         default=8192, metadata={"help": "Longest sample in tokens; --overlong says what happens to longer ones."})
