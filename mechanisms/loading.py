@@ -11,7 +11,7 @@ from mechanisms.checkpoints import checkpoints_in, read_manifest
 from mechanisms.checks import could_be_on_the_hub, first_line
 from mechanisms.errors import UserError
 from mechanisms.quiet import gptqmodel_hidden
-from mechanisms.qwen1 import card_metadata, standard_folder
+from mechanisms.qwen1 import card_metadata, is_standard_folder, standard_folder
 
 LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError
 
@@ -38,8 +38,8 @@ def find_base(path, base_model=None):
             base = base_model or json.load(file)["base_model_name_or_path"] or "?"
     except (ValueError, KeyError) as error:
         raise UserError(f"{config} is damaged: {first_line(error)}") from error
-    if not base_model and not os.path.isdir(base) and not could_be_on_the_hub(base):
-        base = card_metadata(path).get("base_model") or base
+    if not base_model and not os.path.isdir(base) and is_standard_folder(base):
+        base = card_metadata(path).get("base_model", base)
     if not os.path.isdir(base) and not could_be_on_the_hub(base):
         raise UserError(f"--base_model {base}: no such folder" if base_model else
                         f"the base model of {path} is {base}, and there is no such folder now: say with --base_model "

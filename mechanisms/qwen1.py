@@ -35,6 +35,7 @@ from mechanisms.errors import UserError
 
 VERSION = 1  # of what is written: another one is another folder
 SHARD_SIZE = 500_000_000  # bytes
+PREFIX = "qwen1-"  # of the folder around what is written
 
 QWEN_CHATML = (
     "{% for message in messages %}"
@@ -93,11 +94,14 @@ def standard_folder(path, cache_dir=None):
         return path
     source = path
     if not os.path.isdir(path):
-        source = snapshot_download(path, cache_dir=cache_dir, allow_patterns=[
-            "*.json", "*.safetensors", "*.bin", "qwen.tiktoken"])
+        try:
+            source = snapshot_download(path, cache_dir=cache_dir, allow_patterns=[
+                "*.json", "*.safetensors", "*.bin", "qwen.tiktoken"])
+        except (OSError, ValueError) as error:
+            raise UserError(f"the Qwen-1 model {path} cannot be downloaded: {str(error).splitlines()[0]}") from error
     files = _weight_files(source)
     root = os.path.abspath(cache_dir or os.path.join(HF_HOME, "finetune_models"))
-    parent = os.path.join(root, "qwen1-" + _key(source, files))
+    parent = os.path.join(root, PREFIX + _key(source, files))
     folder = os.path.join(parent, os.path.basename(os.path.abspath(path)))
     if os.path.isdir(folder):
         return folder
@@ -110,6 +114,11 @@ def standard_folder(path, cache_dir=None):
         raise UserError(f"the Qwen-1 model {path} cannot be written as a Qwen2 folder to {folder}: "
                         f"{error.strerror or error}. --cache_dir or HF_HOME names another place") from error
     return folder
+
+
+def is_standard_folder(path):
+    """Whether `standard_folder` wrote the folder `path`, by its name: it may be gone."""
+    return os.path.basename(os.path.dirname(path)).startswith(PREFIX)
 
 
 def source_name(path):

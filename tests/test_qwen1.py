@@ -493,7 +493,8 @@ def test_two_ranks(original, tmp_path):
     cells = {stage: {"argv": [str(word) for word in (
         "--model_name_or_path", source, "--data_path", EXAMPLES / "persona.jsonl", "--output_dir", tmp_path / stage,
         "--cache_dir", tmp_path / "cache", "--max_steps", 2, "--save_strategy", "no", "--logging_steps", 1,
-        "--model_max_length", 128, "--deepspeed", f"ds_config_{stage}.json", "--lora_dropout", 0, *LORA)]} for stage in ("zero2", "zero3")}
+        "--model_max_length", 128, "--deepspeed", f"ds_config_{stage}.json", "--lora_dropout", 0, *LORA)]}
+        for stage in ("zero2", "zero3")}
     (tmp_path / "cells.json").write_text(json.dumps(cells))
     run = torchrun(["tests/ranks.py", tmp_path / "cells.json", tmp_path / "results.json"])
     assert run.returncode == 0, run.stderr[-3000:]
