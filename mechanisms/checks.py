@@ -8,7 +8,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from mechanisms.console import say
 from mechanisms.errors import UserError
-from mechanisms.qwen1 import todays_names
 
 
 def choose_precision(bf16, fp16, use_cpu):
@@ -66,6 +65,8 @@ def check_model(config, training_args, lora_args, lora_defaults):
         training_args.model_max_length = limit
     if not training_args.use_lora:
         return
+    from mechanisms.qwen1 import todays_names  # which imports this module
+
     with torch.device("meta"):  # the network without its weights (from_config would share them out under ZeRO-3)
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     names = {name.rpartition(".")[2] for name, _ in network.named_modules()}

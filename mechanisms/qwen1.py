@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mechanisms.checks import could_be_on_the_hub, first_line
 from mechanisms.console import counted, say
 from mechanisms.errors import UserError
 
@@ -82,6 +83,8 @@ def standard_folder(path, cache_dir=None):
     Raises:
         UserError: a Qwen-1 model that cannot be converted or written, or another model that needs code of its own.
     """
+    if not os.path.isdir(path) and not could_be_on_the_hub(path):
+        return path
     try:
         config, _ = PretrainedConfig.get_config_dict(path, cache_dir=cache_dir)
     except (OSError, ValueError):  # whoever loads it next says what is wrong
@@ -98,7 +101,7 @@ def standard_folder(path, cache_dir=None):
             source = snapshot_download(path, cache_dir=cache_dir, allow_patterns=[
                 "*.json", "*.safetensors", "*.bin", "qwen.tiktoken"])
         except (OSError, ValueError) as error:
-            raise UserError(f"the Qwen-1 model {path} cannot be downloaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the Qwen-1 model {path} cannot be downloaded: {first_line(error)}") from error
     files = _weight_files(source)
     root = os.path.abspath(cache_dir or os.path.join(HF_HOME, "finetune_models"))
     parent = os.path.join(root, PREFIX + _key(source, files))
@@ -365,7 +368,7 @@ def _tensors(path):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"{path} is damaged, perhaps not downloaded to its end: "
-                        f"{str(error).strip().splitlines()[0]}") from error
+                        f"{first_line(error)}") from error
 
 
 def _converted(name, tensor, path):
