@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from finetune import load_tokenizer
 from mechanisms.loading import find_base, load_model
+from mechanisms.qwen1 import standard_folder
 from mechanisms.template_probe import rendered_parts, split_thinking
 
 MAX_NEW_TOKENS = 2048  # where neither a flag nor the generation config sets a limit
@@ -89,6 +90,7 @@ def load(path, base_model=None, dtype="auto", device_map=None):
     Arguments and UserErrors as those of `mechanisms.loading.load_model` and `find_base`.
     """
     base = find_base(path, base_model)
+    path = path if base else standard_folder(path)
     has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
     tokenizer = load_tokenizer(path if has_tokenizer else base)
     return load_model(path, base, tokenizer, dtype, device_map), tokenizer

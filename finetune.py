@@ -48,6 +48,7 @@ from mechanisms.data_report import DataReport
 from mechanisms.loading import load_weights
 from mechanisms.memory import checkpointing_needed
 from mechanisms.packing import best_fit_decreasing
+from mechanisms.qwen1 import QWEN_CHATML, standard_folder
 from mechanisms.record_shapes import BadRecord, to_conversation
 from mechanisms.records import Problems, find_files, read_records
 from mechanisms.template_probe import dict_keys, rendered_parts, split_thinking, strings, used_parts
@@ -91,8 +92,8 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = field(
         default="output_qwen", metadata={"help": "Folder for checkpoints and the result."})
-    cache_dir: str = field(
-        default=None, metadata={"help": "Folder for downloaded models and tokenized data (default: Hugging Face's)."})
+    cache_dir: str = field(default=None, metadata={
+        "help": "Folder for downloaded and converted models and tokenized data (default: Hugging Face's)."})
     activation_checkpointing: str = field(default="auto", metadata={
         "help": "--gradient_checkpointing: compute activations twice instead of keeping them, which takes a third more "
                 "time. True, False, or auto: only where they would not fit into the memory.",
@@ -193,16 +194,6 @@ def parse_arguments(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations: a JSON record -> messages -> input_ids and labels
 # ---------------------------------------------------------------------------------------------------------------------
-
-QWEN_CHATML = (
-    "{% for message in messages %}"
-    "{% if loop.first and message.role != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-
 
 class Sample(NamedTuple):
     """input_ids and labels (lists of int of one length; labels are IGNORED where nothing is trained).
@@ -565,7 +556,7 @@ class EndToEnd:
 def load_tokenizer(path, cache_dir=None):
     """The model's tokenizer, ending turns with <|im_end|>; ChatML as Qwen has it if it brings no chat template."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir)
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         if tokenizer.vocab_size < 256:  # a folder without tokenizer files gives an empty one
             raise OSError("its tokenizer files are missing")
     except (OSError, ValueError, KeyError) as error:
@@ -697,6 +688,7 @@ def train(argv):
     notices += strategies.compilation_locks() if training_args.deepspeed else []
     say(*[f"note: {notice}" for notice in notices])
     strategies.join_ranks(training_args)
+    model_args.model_name_or_path = standard_folder(model_args.model_name_or_path, training_args.cache_dir)
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
     check_model(config, training_args, lora_args, LoraArguments())
     tokenizer = load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)

@@ -38,6 +38,7 @@ from chat import load
 from mechanisms.checks import check_disk, first_line
 from mechanisms.console import say, table
 from mechanisms.loading import LOADING_ERRORS, find_base
+from mechanisms.qwen1 import source_name
 from mechanisms.serving import modelfile, serving_hints
 
 QUESTIONS = (
@@ -123,9 +124,10 @@ def find_full_base(args):
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
-        original = re.sub(r"-(GPTQ-)?Int[48]$", "", base)
-        example = f" (by its name, {original})" if original != base else ""
-        raise UserError(f"{base} is quantized ({str(method).upper()}), and weights cannot be merged into rounded ones: "
+        name = source_name(base)
+        original = re.sub(r"-(GPTQ-)?Int[48]$", "", name)
+        example = f" (by its name, {original})" if original != name else ""
+        raise UserError(f"{name} is quantized ({str(method).upper()}), and weights cannot be merged into rounded ones: "
                         f"give the 16-bit model that it was made from as --base_model{example}")
     return base
 
@@ -217,6 +219,7 @@ def digests(model):
 
 def model_card(args, base, dtype):
     """README.md of the merged folder, with the adapter's own below."""
+    base = source_name(base)
     card = (f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
             f"`{base}` with the adapter `{os.path.basename(os.path.normpath(args.adapter_path))}` merged into it "
             f"({dtype}). Prompts are ChatML, by this folder's chat template.\n")

@@ -46,6 +46,7 @@ from finetune import IGNORED, ConversationEncoder, load_conversations, load_toke
 from mechanisms.checks import check_disk, first_line, load_config
 from mechanisms.console import counted, say, table
 from mechanisms.loading import LOADING_ERRORS, load_weights
+from mechanisms.qwen1 import source_name, standard_folder
 from mechanisms.record_shapes import BadRecord
 from mechanisms.records import Problems, find_files
 from mechanisms.serving import serving_hints
@@ -108,6 +109,7 @@ def check_model(args):
                         f"       python merge_lora.py --adapter_path {shlex.quote(path)} --output_dir "
                         f"{shlex.quote(merged)}\n       and then --model_name_or_path {shlex.quote(merged)}")
     config = load_config(path)
+    path = source_name(path)
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
@@ -262,7 +264,7 @@ def write(folder, name, text):
 
 def model_card(args, samples, before, after):
     """README.md of the quantized folder."""
-    base = args.model_name_or_path
+    base = source_name(args.model_name_or_path)
     return (f"---\nbase_model: {json.dumps(base)}\nbase_model_relation: quantized\nlibrary_name: transformers\n"
             f"pipeline_tag: text-generation\n---\n\n`{base}` in {args.bits} bits (GPTQ, groups of {args.group_size}"
             f"{', desc_act' if args.desc_act else ''}), calibrated on {samples} conversations. Prompts are ChatML, by "
@@ -275,6 +277,7 @@ def run(argv):
     args = parse_arguments(argv)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    args.model_name_or_path = standard_folder(args.model_name_or_path)
     config = check_model(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     problems = Problems()

@@ -73,19 +73,25 @@ def check_model(config, training_args, lora_args, lora_defaults):
         training_args.model_max_length = limit
     if not training_args.use_lora:
         return
+    from mechanisms.qwen1 import todays_names  # which imports this module
+
     with torch.device("meta"):  # the network without its weights (from_config would share them out under ZeRO-3)
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     names = {name.rpartition(".")[2] for name, _ in network.named_modules()}
+    lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, names)
     missing = [name for name in lora_args.lora_target_modules if name.rpartition(".")[2] not in names]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
                         + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head")))))
     if lora_args.lora_weight_path:
-        _check_adapter(lora_args, lora_defaults)
+        _check_adapter(lora_args, lora_defaults, names)
 
 
-def _check_adapter(lora_args, defaults):
-    """A continued adapter keeps its own settings: flags that say otherwise would have no effect."""
+def _check_adapter(lora_args, defaults, names):
+    """A continued adapter keeps its own settings: flags that say otherwise would have no effect.
+
+    names: last parts of the names of all layers of the model.
+    """
     from peft import PeftConfig
 
     path = lora_args.lora_weight_path
@@ -95,6 +101,11 @@ def _check_adapter(lora_args, defaults):
         adapter = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--lora_weight_path {path}: no usable adapter there: {first_line(error)}") from error
+    targets = [] if isinstance(adapter.target_modules, str) else adapter.target_modules  # a str is a pattern
+    missing = {name for name in targets if name.rpartition(".")[2] not in names}
+    if missing:
+        raise UserError(f"--lora_weight_path {path}: that adapter is for layers which this model lacks: "
+                        f"{' '.join(sorted(missing))} (those trained on Qwen-1 by its own program cannot be continued)")
     own = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout,
            "lora_bias": adapter.bias, "lora_target_modules": sorted(adapter.target_modules)}
     wrong = []

@@ -11,6 +11,7 @@ from mechanisms.checkpoints import checkpoints_in, read_manifest
 from mechanisms.checks import could_be_on_the_hub, first_line
 from mechanisms.errors import UserError
 from mechanisms.quiet import gptqmodel_hidden, import_gptqmodel
+from mechanisms.qwen1 import card_metadata, is_standard_folder, standard_folder
 
 LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError
 
@@ -18,6 +19,7 @@ LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, Safet
 def find_base(path, base_model=None):
     """The base model of the adapter at `path`: `base_model` if given, else what the adapter says. None: a whole model.
 
+    An adapter of a Qwen-1 model names the Qwen2 folder that was written for it; if that is gone, it is written again.
     Raises UserError if there is neither a model nor an adapter at `path`, or no base model where it should be.
     """
     if not os.path.isdir(path) and not could_be_on_the_hub(path):
@@ -36,11 +38,13 @@ def find_base(path, base_model=None):
             base = base_model or json.load(file)["base_model_name_or_path"] or "?"
     except (ValueError, KeyError) as error:
         raise UserError(f"{config} is damaged: {first_line(error)}") from error
+    if not base_model and not os.path.isdir(base) and is_standard_folder(base):
+        base = card_metadata(path).get("base_model", base)
     if not os.path.isdir(base) and not could_be_on_the_hub(base):
         raise UserError(f"--base_model {base}: no such folder" if base_model else
                         f"the base model of {path} is {base}, and there is no such folder now: say with --base_model "
                         "where that model is")
-    return base
+    return standard_folder(base)
 
 
 def load_weights(path, **options):

@@ -6,6 +6,7 @@ import os
 import shlex
 
 from mechanisms.console import table
+from mechanisms.qwen1 import source_name
 from mechanisms.strategies import strategy_name
 
 
@@ -102,9 +103,10 @@ def model_card(model_args, data_args, training_args, lora_args):
                   for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_embeddings")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in flags.items())
     data = ", ".join(f"`{os.path.basename(os.path.normpath(path))}`" for path in data_args.data_path)
-    return (f"---\nbase_model: {json.dumps(model_args.model_name_or_path)}\n"
+    base = source_name(model_args.model_name_or_path)
+    return (f"---\nbase_model: {json.dumps(base)}\n"
             f"library_name: {'peft' if training_args.use_lora else 'transformers'}\n"
             "pipeline_tag: text-generation\n---\n\n"
-            f"{method_name(training_args, lora_args)} fine-tuning of `{model_args.model_name_or_path}` on {data}; "
+            f"{method_name(training_args, lora_args)} fine-tuning of `{base}` on {data}; "
             f"loss on {data_args.loss_on}. Prompts are ChatML, by this folder's chat template.\n\n"
             f"| setting | value |\n|---|---|\n{rows}\n")

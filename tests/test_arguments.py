@@ -187,7 +187,7 @@ def test_models_that_are_not_there(case, message, tmp_path, make_model, cache_di
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--use_lora", "--lora_target_modules", "q_proj", "c_attn"], "--lora_target_modules c_attn: no such layers"),
+    (["--use_lora", "--lora_target_modules", "q_proj", "c_fc"], "--lora_target_modules c_fc: no such layers"),
     (["--use_lora", "--lora_weight_path", "nowhere"], "no such folder"),
 ])
 def test_lora_flags_the_model_cannot_do(flags, message, make_model, tmp_path, capsys):
