@@ -143,7 +143,7 @@ def bad_data(folder):
 
 @pytest.mark.parametrize("case", list(bad_data(None)))
 def test_bad_data_stops_before_any_weight_is_loaded(case, tmp_path, make_model, cache_dir, capsys, monkeypatch):
-    monkeypatch.setattr(finetune.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(finetune, "load_weights", lambda *_, **__: pytest.fail("loaded"))
     content, message = bad_data(tmp_path)[case]
     if content is not None:
         (tmp_path / "data").write_bytes(content)
