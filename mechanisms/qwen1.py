@@ -271,7 +271,7 @@ def _quantization(settings):
 
 
 def _generation_config(source, name, config):
-    """The model's generation config, which ends a chat model's answers at <|im_end|> too."""
+    """The model's generation config, which ends a chat model's answers at <|im_end|> too. Raises UserError."""
     path, settings = os.path.join(source, "generation_config.json"), {}
     if os.path.isfile(path):
         try:
@@ -283,7 +283,13 @@ def _generation_config(source, name, config):
     if "chat_format" in settings:
         chat = settings["chat_format"] == "chatml"
     known = {key for key in vars(GenerationConfig()) if not key.startswith("_")} - {"transformers_version"}
-    generation = GenerationConfig(**{key: value for key, value in settings.items() if key in known})
+    if not settings.get("do_sample"):
+        known -= {"temperature", "top_p", "top_k"}  # they have no effect then, and transformers would not save them
+    try:
+        generation = GenerationConfig(**{key: value for key, value in settings.items() if key in known})
+        generation.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
     generation.bos_token_id, generation.pad_token_id = None, config.pad_token_id
     generation.eos_token_id = [config.eos_token_id, config.pad_token_id] if chat else config.pad_token_id
     return generation

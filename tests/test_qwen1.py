@@ -192,7 +192,15 @@ def test_end_tokens_of_chat_and_base_models(original, convert):
         assert generation.eos_token_id == (end if base else [im_end, end]) and generation.pad_token_id == end
         assert generation.do_sample and generation.top_p == 0.8 and "stop_words_ids" not in generation.to_dict()
         assert finetune.is_base_model(folder, tokenizer)[0] is base
-    assert finetune.is_base_model(convert(original("mine", torch_dtype="float16")), tokenizer)[0]  # by chat_format
+    source = original("mine")
+    assert finetune.is_base_model(convert(source), tokenizer)[0]  # by chat_format
+    (source / "generation_config.json").write_text('{"chat_format": "chatml", "top_p": 0.5, "max_new_tokens": 9}')
+    assert not finetune.is_base_model(convert(source), tokenizer)[0]
+    generation = GenerationConfig.from_pretrained(convert(source))
+    assert generation.top_p is None and generation.max_new_tokens == 9  # top_p: nothing is drawn
+    (source / "generation_config.json").write_text('{"max_new_tokens": -1}')
+    with pytest.raises(UserError, match="generation_config.json cannot be used: .*max_new_tokens"):
+        convert(source)
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
