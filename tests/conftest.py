@@ -92,7 +92,7 @@ def make_adapter(make_model, taught, cache_dir, tmp_path_factory):
         if not (adapter / "adapter_config.json").exists():
             finetune.train(prepare_command_line(finetune.__file__, [
                 "--model_name_or_path", str(base(kind, tied)), "--data_path", str(data), "--output_dir", str(adapter),
-                "--cache_dir", str(cache_dir), "--max_steps", "40", "--save_strategy", "no", "--logging_steps", "40",
+                "--cache_dir", str(cache_dir), "--max_steps", "60", "--save_strategy", "no", "--logging_steps", "60",
                 "--per_device_train_batch_size", "4", "--learning_rate", "2e-2", "--warmup_steps", "0.1",
                 "--use_lora", "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0",
                 "--model_max_length", "512", *kinds[kind]]))

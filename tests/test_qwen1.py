@@ -564,7 +564,9 @@ def test_tokens_of_all_real_texts(real, real_data):
     reference, tokenizer = encoding(ranks), AutoTokenizer.from_pretrained(real["Qwen-tiny-Chat"])
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>",
                                             "<|extra_204|>"]) == [151643, 151644, 151645, 151646, 151850]
-    texts = [*TEXTS, *(path.read_text(encoding="utf-8") for path in Path(finetune.__file__).parent.rglob("*.py"))]
+    root = Path(finetune.__file__).parent
+    code = [path for part in (".", "mechanisms", "tests", "examples") for path in (root / part).glob("*.py")]
+    texts = [*TEXTS, *(path.read_text(encoding="utf-8") for path in code)]
     for path in sorted((real_data / "datasets").rglob("*.json*")):
         content = path.read_text(encoding="utf-8-sig")
         records = content.splitlines() if path.suffix == ".jsonl" else [content]
