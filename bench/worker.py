@@ -4,6 +4,7 @@ Tasks: `prepare` makes the model and the samples that all contestants share, `tr
 goes to the file `result` as JSON.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -408,7 +409,9 @@ def preprocessing_speed(job, trainer):
         from datasets import Dataset
         from trl.chat_template_utils import get_training_chat_template
 
-        trainer.args.assistant_only_loss, trainer.chat_template = True, get_training_chat_template(tokenizer)
+        with contextlib.suppress(ValueError):  # a template TRL does not know: it would train on every token
+            trainer.chat_template = get_training_chat_template(tokenizer)
+            trainer.args.assistant_only_loss = True
         trainer._prepare_dataset(Dataset.from_list(conversations), tokenizer, trainer.args, trainer.args.packing, None,
                                  "train")
     return len(conversations) / (time.time() - start)
