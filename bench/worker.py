@@ -180,8 +180,9 @@ def padded(samples, width=None, pad=0):
 
 def load_stock(job):
     """The model as `from_pretrained` gives it: masked SDPA, all logits."""
+    frozen_16_bit = job["lora"] and job["dtype"] == "bf16"
     model = AutoModelForCausalLM.from_pretrained(job["model_path"],
-                                                 dtype=torch.bfloat16 if job["lora"] else torch.float32)
+                                                 dtype=torch.bfloat16 if frozen_16_bit else torch.float32)
     model.config.use_cache = False
     return with_adapter(job, model)
 

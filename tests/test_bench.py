@@ -23,18 +23,21 @@ def small(make_model):
 
 def test_all_train_the_same(small, tmp_path):
     output = tmp_path / "results.json"
-    done = subprocess.run([sys.executable, str(ROOT / "bench/compare.py"), *small, "--contestants", "O", "F", "FP",
-                           "--rows-per-forward", "FP=1", "--output", str(output)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "bench/compare.py"), *small, "--contestants", "O", "F",
+                           "--output", str(output)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(f"| **{name}** " in done.stdout for name in ("O", "F", "FP"))
+    assert "| **O** " in done.stdout and "| **F** " in done.stdout
     (results,) = json.loads(output.read_text())["rounds"]
-    assert results["F"]["computed_tokens_ratio"] == results["FP"]["computed_tokens_ratio"] == 1
-    assert results["O"]["computed_tokens_ratio"] > 1 and results["O"]["tokens"] == results["F"]["tokens"]
+    assert results["F"]["computed_tokens_ratio"] == 1 < results["O"]["computed_tokens_ratio"]
+    assert results["O"]["tokens"] == results["F"]["tokens"]
 
 
 def test_who_trains_something_else_is_named(small, monkeypatch, capsys):
+    """In this process, for speed, where peak memory means nothing."""
     monkeypatch.setattr(compare, "run", lambda job: getattr(worker, job["task"])(job | {"started": 0}))
-    assert compare.main([*small, "--contestants", "O", "FP", "--plant-fault", "FP"]) == 1
+    argv = [*small, "--contestants", "O", "FP", "--rows-per-forward", "FP=1"]
+    assert compare.main(argv) == 0
+    assert compare.main([*argv, "--plant-fault", "FP"]) == 1
     assert "FAILED: FP: the loss of the first step is" in capsys.readouterr().err
 
 
