@@ -1,0 +1,54 @@
+"""bench/compare.py for real, with a model so small that only the equality of the numbers means something."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import compare  # noqa: E402
+import worker  # noqa: E402
+
+
+@pytest.fixture
+def small(make_model):
+    """Arguments of a comparison of seconds."""
+    return ["--model", str(make_model()), "--data", *map(str, sorted((ROOT / "examples/data").glob("*.json"))),
+            "--steps", "2", "--samples-per-step", "3", "--width", "128", "--repetitions", "1", "--threads", "1"]
+
+
+def test_all_train_the_same(small, tmp_path):
+    output = tmp_path / "results.json"
+    done = subprocess.run([sys.executable, str(ROOT / "bench/compare.py"), *small, "--contestants", "O", "F",
+                           "--output", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| **O** " in done.stdout and "| **F** " in done.stdout
+    (results,) = json.loads(output.read_text())["rounds"]
+    assert results["F"]["computed_tokens_ratio"] == 1 < results["O"]["computed_tokens_ratio"]
+    assert results["O"]["tokens"] == results["F"]["tokens"]
+
+
+def test_who_trains_something_else_is_named(small, monkeypatch, capsys):
+    """In this process, for speed, where peak memory means nothing."""
+    monkeypatch.setattr(compare, "run", lambda job: getattr(worker, job["task"])(job | {"started": 0}))
+    argv = [*small, "--contestants", "O", "FP", "--rows-per-forward", "FP=1"]
+    assert compare.main(argv) == 0
+    assert compare.main([*argv, "--plant-fault", "FP"]) == 1
+    assert "FAILED: FP: the loss of the first step is" in capsys.readouterr().err
+
+
+def test_arguments(monkeypatch, capsys):
+    monkeypatch.delenv("REAL_DATA", raising=False)
+    for argv, words in ((["--contestants", "F"], "O is always needed"), (["--contestants", "O", "X"], "X"),
+                        (["--contestants", "O"], "REAL_DATA is not set"),
+                        (["--contestants", "O", "--rows-per-forward", "O"], "CONTESTANT=NUMBER")):
+        with pytest.raises(SystemExit) as stop:
+            compare.parse_arguments(argv)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    args = compare.parse_arguments(["--contestants", "O", "--model", "m", "--data", "d", "--device", "cuda"])
+    assert args.dtype == "bf16"
+    assert compare.CONTESTANTS.keys() == worker.CONTESTANTS.keys() and set(compare.MODELS) == set(worker.SHAPES)
