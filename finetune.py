@@ -98,7 +98,6 @@ class TrainingArguments(transformers.TrainingArguments):
         "help": "--gradient_checkpointing: compute activations twice instead of keeping them, which takes a third more "
                 "time. True, False, or auto: only where they would not fit into the memory.",
         "nargs": "?", "const": "True"})
-    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
     model_max_length: int = field(
         default=8192, metadata={"help": "Longest sample in tokens; --overlong says what happens to longer ones."})
     use_lora: bool = field(

@@ -14,7 +14,7 @@ import torch
 
 def chunk_bytes(device_type):
     """Of fp32 logits that are held at a time: enough rows for a matrix product at full speed, and few for the cache."""
-    return 1 << 27 if device_type == "cpu" else 1 << 30
+    return 1 << 28 if device_type == "cpu" else 1 << 30
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -29,58 +29,68 @@ class SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, rows, values, targets, smoothing):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        needs_hidden, needs_weight, needs_bias, _, needs_values = ctx.needs_input_grad[:5]
+        empty = torch.empty_like if len(hidden) else torch.zeros_like
+        grad_hidden, grad_weight, grad_bias, _, grad_values = ctx.grads = [
+            empty(tensor, dtype=torch.float32) if needed else None
+            for tensor, needed in zip((hidden, weight, bias, rows, values), ctx.needs_input_grad)]
         loss = torch.zeros((), device=hidden.device)
-        grads = [torch.empty_like(hidden) if needs_hidden else None,
-                 torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None,
-                 torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None, None,
-                 torch.zeros_like(values, dtype=torch.float32) if needs_values else None, None, None]
-        grad_hidden, grad_weight, grad_bias, _, grad_values, *_ = grads
         with torch.autocast(device, enabled=False):
             weight, values = weight.to(dtype), None if values is None else values.to(dtype)
-            step = max(1, chunk_bytes(device) // (4 * len(weight)))
+            chunks = -(-len(hidden) * len(weight) * 4 // chunk_bytes(device))
+            step = max(1, -(-len(hidden) // max(1, chunks)))
+            buffer = torch.empty(step, len(weight), device=hidden.device)
             for start in range(0, len(hidden), step):
-                states, wanted = hidden[start:start + step].to(dtype), targets[start:start + step, None]
-                logits = states @ weight.T
+                chunk = slice(start, start + step)
+                states, wanted = hidden[chunk].to(dtype), targets[chunk, None]
+                logits = buffer[:len(states)]
+                _product(states, weight.T, logits)
                 if values is not None:
-                    logits[:, rows] = states @ values.T
-                logits = logits.float()
+                    logits[:, rows] = (states @ values.T).float()
                 if bias is not None:
                     logits += bias
-                normalizer = logits.logsumexp(-1, keepdim=True)
-                loss += (normalizer - (1 - smoothing) * logits.gather(1, wanted)).sum()
+                loss -= (1 - smoothing) * logits.gather(1, wanted).sum()
                 if smoothing:
                     loss -= smoothing * logits.mean(-1).sum()
+                highest = logits.amax(-1, keepdim=True)
+                exponentials = logits.sub_(highest).exp_()
+                total = exponentials.sum(-1, keepdim=True)
+                loss += (total.log() + highest).sum()
                 if not any(ctx.needs_input_grad):
                     continue
-                error = logits.sub_(normalizer).exp_()  # the gradient of the logits: probabilities ...
-                error.scatter_add_(1, wanted, torch.full_like(normalizer, smoothing - 1))  # ... less what was wanted
+                error = exponentials.div_(total)  # the gradient of the logits: probabilities ...
+                error.scatter_add_(1, wanted, torch.full_like(total, smoothing - 1))  # ... less what was wanted
                 if smoothing:
                     error -= smoothing / len(weight)
-                if needs_bias:
-                    grad_bias += error.sum(0)
+                first = start == 0
+                if grad_bias is not None:
+                    grad_bias.copy_(error.sum(0)) if first else grad_bias.add_(error.sum(0))
                 error = error.to(dtype)
                 if values is not None:
                     of_rows = error[:, rows]
                     error[:, rows] = 0
-                    if needs_values:
-                        grad_values += (of_rows.T @ states).float()
-                if needs_hidden:
-                    grad_hidden[start:start + step] = error @ weight
+                    if grad_values is not None:
+                        _product(of_rows.T, states, grad_values, add=not first)
+                if grad_hidden is not None:
+                    _product(error, weight, grad_hidden[chunk])
                     if values is not None:
-                        grad_hidden[start:start + step] += of_rows @ values
-                if needs_weight:
-                    if dtype == torch.float32:
-                        grad_weight.addmm_(error.T, states)
-                    else:
-                        grad_weight += error.T @ states
-        ctx.grads = grads
+                        _product(of_rows, values, grad_hidden[chunk], add=True)
+                if grad_weight is not None:
+                    _product(error.T, states, grad_weight, add=not first)
         return loss
 
     @staticmethod
     def backward(ctx, scale):
-        # fp16: the gradients above are those of the unscaled sum, well inside its range; the scale comes only here.
-        return tuple(None if grad is None else grad * scale for grad in ctx.grads)
+        # fp16: the gradients are those of the unscaled sum, well inside its range; the scale comes only here.
+        grads, ctx.grads = ctx.grads, None
+        return *(None if grad is None else grad.mul_(scale) for grad in grads), None, None
+
+
+def _product(left, right, out, add=False):
+    """out (fp32) = left @ right, or out += left @ right; multiplied in their own precision."""
+    if left.dtype == torch.float32:
+        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    else:
+        out.add_(left @ right) if add else out.copy_(left @ right)
 
 
 def output_linear(model):

@@ -98,7 +98,7 @@ def test_names_of_the_original_are_understood(capsys):
 
 def test_defaults_of_the_original():
     _, data, training, lora = parse_arguments(["--data_path", "x"])
-    assert (training.optim, training.model_max_length, training.use_lora) == ("adamw_torch", 8192, False)
+    assert (training.optim, training.model_max_length, training.use_lora) == ("adamw_torch_fused", 8192, False)
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_bias) == (64, 16, 0.05, "none")
     assert lora.q_lora is False
     assert data.lazy_preprocess is False

@@ -212,7 +212,7 @@ def test_the_tutorials_configuration_under_the_deepspeed_launcher(make_model, ca
         capture_output=True, text=True, timeout=1800, cwd=ROOT,
         env={**os.environ, "PATH": f"{launcher.parent}:{os.environ['PATH']}"})
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    assert "has its own optimizer, AdamW: --optim adamw_torch has no effect" in run.stdout
+    assert "has its own optimizer, AdamW: --optim adamw_torch_fused has no effect" in run.stdout
     assert "has its own scheduler, WarmupDecayLR: --lr_scheduler_type cosine has no effect" in run.stdout
     assert "2 x cpu, ZeRO-2" in run.stdout
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
