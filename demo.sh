@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The whole way on this machine, no GPU needed: bash demo.sh
 # Makes .venv on the first run. Then: makes a tiny model, teaches it 60 conversations, teaches it to be someone else with
-# LoRA, merges that into one model, asks it, and compares what all of them say. About three minutes after the installation. Everything is written to
-# demo_output/, fresh on each run. Fails unless the model gives the answers it was taught, word for word.
+# LoRA, merges that into one model, asks it, and compares what all of them say: a few minutes after the installation.
+# Everything is written to demo_output/, fresh on each run. Fails unless the model gives the answers it was taught, word
+# for word.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source examples/environment.sh
