@@ -136,7 +136,8 @@ def test_q_lora_on_gptq_after_and_before_other_models_in_one_process(train, quan
     assert adapted == set(finetune.LoraArguments().lora_target_modules)
     reloaded = AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     # gptqmodel's kernel for inference on a CPU computes in bf16, the one for training in fp32
-    assert torch.allclose(logits(reloaded, out), logits(trainer.model, out), atol=0.1)
+    trained = logits(trainer.model, out)
+    assert (logits(reloaded, out) - trained).norm() < 0.05 * trained.norm()
     with reloaded.disable_adapter():
         assert not torch.allclose(logits(reloaded, out), logits(trainer.model, out), atol=0.5)
     shutil.rmtree(out / "checkpoint-6")
