@@ -12,8 +12,9 @@ import transformers
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
-from finetune import parse_arguments
+from finetune import LoraArguments, parse_arguments
 from mechanisms import strategies
+from mechanisms.checks import check_model
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 
@@ -213,3 +214,11 @@ def test_a_single_process_uses_one_gpu_and_says_so(monkeypatch, tmp_path):
 def test_liger_needs_a_gpu():
     with pytest.raises(UserError, match="--use_liger_kernel needs a GPU"):
         parse_arguments(["--data_path", "x", "--use_liger_kernel"])
+
+
+def test_layers_that_would_mix_samples_are_refused():
+    config = transformers.Qwen3NextConfig(num_hidden_layers=4)
+    assert "linear_attention" in config.layer_types
+    _, _, training, lora = parse_arguments(["--data_path", "x"])
+    with pytest.raises(UserError, match="layers of the kind linear_attention"):
+        check_model(config, training, lora, LoraArguments())
