@@ -68,8 +68,8 @@ def check_model(config, training_args, lora_args, lora_defaults):
         raise UserError("this model is quantized: its weights cannot be trained. Add --q_lora to train adapters on it")
     others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     if others:
-        raise UserError(f"this model has layers of the kind {', '.join(others)}: they would carry what they read in one "
-                        "sample of a batch into the next. Only networks of attention layers are supported")
+        raise UserError(f"this model has layers of the kind {', '.join(others)}: they would carry what they read in "
+                        "one sample of a batch into the next. Only networks of attention layers are supported")
     limit = getattr(config, "max_position_embeddings", None)
     if limit and training_args.model_max_length > limit:
         say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
