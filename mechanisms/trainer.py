@@ -64,9 +64,11 @@ class SafeTrainer(Trainer):
         self.add_callback(LogLastStep)
         self.add_callback(ProgressLines if self.args.disable_tqdm else ProgressBar)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            num_items_in_batch = None  # in evaluation too Trainer counts those of all ranks; the mean is of this row
         with self.head_loss.computing(inputs["shift_labels"]) if self.head_loss else contextlib.nullcontext():
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The loss is the mean over all predicted tokens, however the samples fall into batches and onto ranks."""
