@@ -588,13 +588,17 @@ def is_base_model(path, tokenizer):
     return True, "its generation config does not end at <|im_end|>"
 
 
+def compute_dtype(training_args):
+    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+
+
 def load_model(model_args, training_args, lora_args, config, tokenizer):
     """The model with its frozen weights in the compute precision and all weights that will be trained in fp32.
 
     bf16 weights would lose small updates: at a learning rate of 1e-5 most of them round to nothing. DeepSpeed keeps
     its own fp32 copy, so under it everything is loaded in the compute precision.
     """
-    compute = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    compute = compute_dtype(training_args)
     keeps_own_fp32 = training_args.deepspeed is not None
     quantization = None
     if lora_args.q_lora and not getattr(config, "quantization_config", None):  # a quantized model brings its own
@@ -651,10 +655,10 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
             if embeddings == "chatml" else None,
             ensure_weight_tying=tied and embeddings != "none",
         ), autocast_adapter_dtype=not keeps_own_fp32)
-    if not keeps_own_fp32:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    dtype = compute_dtype(training_args) if keeps_own_fp32 else torch.float32
+    for parameter in model.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_numel"):  # ZeRO-3's are of that type, and cut up
+            parameter.data = parameter.data.to(dtype)  # peft takes that of a GPTQ layer's scales: fp16
     # The default, "auto", asks the Hub whether the vocabulary was resized; ours never is, and what is trained of the
     # embeddings is saved anyhow.
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)

@@ -195,7 +195,7 @@ def test_two_ranks_train_to_the_numbers_of_one(train, quantized, cache_dir, tmp_
         assert results[name]["wrapped"] == wrapper
         found = [(entry["loss"], entry["grad_norm"]) for entry in results[name]["log"] if "loss" in entry]
         for two, one in zip(found, alone, strict=True):
-            assert two == pytest.approx(one, rel=1e-3)
+            assert two == pytest.approx(one, rel=1e-4)
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / name)
 
 
