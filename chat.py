@@ -213,7 +213,7 @@ def main(argv):
         gpu = torch.accelerator.is_available()
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
             model, tokenizer = load(path, args.base_model, args.dtype or ("auto" if gpu else "float32"),
-                                          "auto" if gpu else None)
+                                    "auto" if gpu else None)
         conversation = Conversation(model, tokenizer, sampling, args.system)
         if interactive:
             print(f"{path} is listening. /help lists the commands, Ctrl-D ends.")

@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from chat import load
-from mechanisms.checks import check_disk, first_line
+from mechanisms.checks import check_disk, first_line, not_empty
 from mechanisms.console import say, table
 from mechanisms.loading import LOADING_ERRORS, find_base
 from mechanisms.qwen1 import source_name
@@ -101,8 +101,7 @@ def parse_arguments(argv):
     problems = [f"{word!r} belongs to no flag" for word in words]
     if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]i?B", args.max_shard_size):
         problems.append(f"--max_shard_size {args.max_shard_size}: a number and its unit, such as 500MB or 2GB")
-    if os.path.exists(args.output_dir) and (not os.path.isdir(args.output_dir) or os.listdir(args.output_dir)):
-        problems.append(f"--output_dir {args.output_dir} is not empty: give another, or move it away")
+    problems += not_empty("--output_dir", args.output_dir)
     if problems:
         raise UserError("\n       ".join(problems))
     return args

@@ -67,15 +67,17 @@ CHAT_TEMPLATE = r"""
 """.strip()
 
 
+def strings(value):
+    """Every string inside a JSON value, keys of dicts aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
+
+
 def example_texts():
     """Return every string value found in the project's example data, whatever the record shape, as a list."""
-    def strings(value):
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, (list, dict)):
-            for item in value.values() if isinstance(value, dict) else value:
-                yield from strings(item)
-
     texts = []
     for path in sorted(EXAMPLES.glob("data/*.json")):
         texts += strings(json.loads(path.read_text(encoding="utf-8")))

@@ -37,6 +37,13 @@ def first_line(error):
     return str(error).strip().split("\n")[0]
 
 
+def not_empty(flag, folder):
+    """What is wrong with a folder that a program is to make, as a list of no or one line."""
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        return [f"{flag} {folder} is not empty: give another, or move it away"]
+    return []
+
+
 def check_disk(flag, folder, size):
     """Raises UserError if there is no room for `size` bytes where `folder` is."""
     free = shutil.disk_usage(folder).free

@@ -83,12 +83,16 @@ def load_model(path, base, tokenizer, dtype="auto", device_map=None):
         if os.path.isfile(os.path.join(path, "generation_config.json")):
             model.generation_config = GenerationConfig.from_pretrained(path)
         model = _put_on(model, base, path)
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    if tokenizer.eos_token_id not in ends:  # a base model's generation config does not know where turns end
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *(end for end in ends if end is not None)]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    end_at_turns(model.generation_config, tokenizer)
     return model.eval()
+
+
+def end_at_turns(generation, tokenizer):
+    """Let a generation config end answers where turns end, which a base model's does not know."""
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if tokenizer.eos_token_id not in ends:
+        generation.eos_token_id = [tokenizer.eos_token_id, *(end for end in ends if end is not None)]
+    generation.pad_token_id = tokenizer.pad_token_id
 
 
 def _put_on(model, base, path):

@@ -50,21 +50,23 @@ def split_thinking(message):
 
 def strings(value):
     """Every string inside a JSON value, keys of dicts included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from value
-        value = list(value.values())
-    if isinstance(value, list):
-        for entry in value:
-            yield from strings(entry)
+    for part in _parts(value):
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            yield from part
 
 
 def dict_keys(value):
     """Every key of every dict inside a JSON value."""
-    if isinstance(value, dict):
-        yield from value
-        value = list(value.values())
-    if isinstance(value, list):
-        for entry in value:
-            yield from dict_keys(entry)
+    for part in _parts(value):
+        if isinstance(part, dict):
+            yield from part
+
+
+def _parts(value):
+    """A JSON value and everything inside it, keys of dicts aside."""
+    yield value
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        yield from _parts(child)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ def make_model(tmp_path_factory):
 def cache_dir(tmp_path_factory):
     """One token cache for the session."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def wait_for():
+    """wait_for(process, line): until it prints a line that begins so, or with None until it imports libraries."""
+
+    def wait(process, line):
+        if line:
+            next(said for said in process.stdout if said.startswith(line))
+        else:
+            while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+                time.sleep(0.05)
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import finetune
+from bench.worker import padded
 from examples.make_tiny_model import EXAMPLES
 from finetune import IGNORED, EndToEnd
 from mechanisms import head_loss, memory
@@ -34,19 +35,6 @@ def make_samples(lengths, seed=0):
     return samples
 
 
-def padded(samples):
-    """What the stock model takes: (samples, longest), padded right."""
-    shape = len(samples), max(len(sample["input_ids"]) for sample in samples)
-    batch = {"input_ids": torch.zeros(shape, dtype=torch.long), "labels": torch.full(shape, IGNORED),
-             "attention_mask": torch.zeros(shape, dtype=torch.long)}
-    for row, sample in enumerate(samples):
-        length = len(sample["input_ids"])
-        batch["input_ids"][row, :length] = torch.from_numpy(sample["input_ids"])
-        batch["labels"][row, :length] = torch.from_numpy(sample["labels"])
-        batch["attention_mask"][row, :length] = 1
-    return batch
-
-
 def gradients(model):
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert found and all(grad.abs().max() > 0 for grad in found.values())
@@ -59,6 +47,18 @@ def assert_same(model, reference, loss, expected):
     assert found.keys() == wanted.keys()
     for name, grad in wanted.items():
         assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+def assert_same_as_padded(model, reference, samples):
+    """Returns the batch without padding."""
+    expected = reference(**padded(samples)).loss
+    expected.backward()
+    batch = EndToEnd()(samples)
+    with HeadLoss(model).computing(batch["shift_labels"]):
+        loss = model(**batch).loss
+    loss.backward()
+    assert_same(model, reference, loss, expected)
+    return batch
 
 
 @pytest.fixture
@@ -92,14 +92,8 @@ def test_loss_and_gradients_of_padded_batches(make_pair, head, tied, monkeypatch
     chunk = 7 * 4 * model.get_output_embeddings().weight.shape[0]  # seven tokens
     monkeypatch.setattr(head_loss, "chunk_bytes", lambda device_type: chunk)
     samples = make_samples([40, 3, 17, 2])
-    expected = reference(**padded(samples)).loss
-    expected.backward()
-    batch = EndToEnd()(samples)
+    batch = assert_same_as_padded(model, reference, samples)
     assert batch["input_ids"].shape == (1, 62) and batch["labels"].shape == (1, 62)
-    with HeadLoss(model).computing(batch["shift_labels"]):
-        loss = model(**batch).loss
-    loss.backward()
-    assert_same(model, reference, loss, expected)
 
 
 def test_the_batch_is_right_for_the_stock_model_too(make_pair):
@@ -144,13 +138,7 @@ def test_sliding_window(make_pair):
     model, reference = make_pair(**window)
     assert model.config.layer_types[-1] == "sliding_attention"
     samples = make_samples([40, 3, 17])
-    expected = reference(**padded(samples)).loss
-    expected.backward()
-    batch = EndToEnd()(samples)
-    with HeadLoss(model).computing(batch["shift_labels"]):
-        loss = model(**batch).loss
-    loss.backward()
-    assert_same(model, reference, loss, expected)
+    assert_same_as_padded(model, reference, samples)
 
 
 def test_generation_with_the_trained_model(make_pair):

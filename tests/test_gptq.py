@@ -288,17 +288,13 @@ def test_a_broken_result_gets_no_name(trained, quantized, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("stop, code, line", [
     (signal.SIGKILL, -signal.SIGKILL, "layer 1/2"), (signal.SIGINT, 130, "layer 1/2"), (signal.SIGINT, 130, None)])
-def test_a_stop_leaves_nothing_that_looks_complete(trained, tmp_path, stop, code, line):
+def test_a_stop_leaves_nothing_that_looks_complete(trained, wait_for, tmp_path, stop, code, line):
     """While layers are quantized, and (line None) while libraries are imported."""
     run = subprocess.Popen(
         [sys.executable, "run_gptq.py", "--model_name_or_path", str(trained), "--data_path", PERSONA, "--out_path",
          str(tmp_path / "out"), "--group-size", "32"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True)
-    if line:
-        next(said for said in run.stdout if said.startswith(line))
-    else:
-        while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
-            time.sleep(0.05)
+    wait_for(run, line)
     run.send_signal(stop)
     errors = run.communicate(timeout=100)[1]
     assert run.returncode == code

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,7 +148,7 @@ FAULTS = {
     "other ids": (swap_two_words, "its tokenizer makes other tokens"),
     "a damaged tokenizer": (edit("tokenizer.json", "{", ""), "its tokenizer cannot be loaded"),
     **{f"{name} missing": (lambda folder, name=name: (folder / name).unlink(), f"files are missing: {name}")
-       for name in FILES - {"model.safetensors"}}}
+       for name in sorted(FILES - {"model.safetensors"})}}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -239,16 +238,12 @@ def test_a_kill_leaves_no_folder_that_looks_complete(make_adapter, tmp_path, tau
 
 
 @pytest.mark.parametrize("line", [None, "Merged"])
-def test_ctrl_c_ends_with_one_line(make_adapter, tmp_path, line):
+def test_ctrl_c_ends_with_one_line(make_adapter, wait_for, tmp_path, line):
     """While libraries are imported (line None), and in the middle of the work."""
     run = subprocess.Popen([sys.executable, str(ROOT / "merge_lora.py"), "--adapter_path", str(make_adapter("lora")),
                             "--output_dir", str(tmp_path / "merged")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            text=True)
-    if line:
-        next(said for said in run.stdout if said.startswith(line))
-    else:
-        while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
-            time.sleep(0.05)
+    wait_for(run, line)
     run.send_signal(signal.SIGINT)
     assert run.communicate(timeout=100)[1] == "\ninterrupted\n" and run.returncode == 130
     assert not (tmp_path / "merged").exists()

@@ -26,7 +26,7 @@ import chat
 import finetune
 import merge_lora
 import run_gptq
-from examples.make_tiny_model import EXAMPLES, example_texts, make_tokenizer
+from examples.make_tiny_model import EXAMPLES, example_texts, make_tokenizer, strings
 from mechanisms import qwen1
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
@@ -549,14 +549,6 @@ def test_the_original_code_computed_the_same(real, real_data, name, tolerance):
         assert output.logits[0].argmax(-1).tolist() == golden["argmax"]
         assert output.logits[0, -1, :16].tolist() == pytest.approx(golden["last_logits_first16"],
                                                                    abs=max(tolerance, 1e-4))
-
-
-def strings(value):
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from strings(item)
 
 
 def test_tokens_of_all_real_texts(real, real_data):
