@@ -13,7 +13,7 @@ kill there is no `merged-Int4`, or a whole one. A model that the rounding has br
 
 import sys
 
-from mechanisms.errors import UserError, user_errors_end_the_program
+from mechanisms.errors import UserError, interrupts_end_at_once, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
 from mechanisms.quiet import import_gptqmodel  # imported before torch: it sets what that reads
 
@@ -43,9 +43,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging
 
 from finetune import IGNORED, ConversationEncoder, load_conversations, load_tokenizer
-from mechanisms.checks import check_disk, first_line, load_config
+from mechanisms.checks import check_disk, first_line, load_config, not_empty
 from mechanisms.console import counted, say, table
-from mechanisms.loading import LOADING_ERRORS, load_weights
+from mechanisms.loading import LOADING_ERRORS, end_at_turns, load_weights
 from mechanisms.qwen1 import source_name, standard_folder
 from mechanisms.record_shapes import BadRecord
 from mechanisms.records import Problems, find_files
@@ -93,8 +93,7 @@ def parse_arguments(argv):
     for name in ("max_len", "max_samples"):
         if getattr(args, name) < 1:
             problems.append(f"--{name} {getattr(args, name)}: at least 1")
-    if os.path.exists(args.out_path) and (not os.path.isdir(args.out_path) or os.listdir(args.out_path)):
-        problems.append(f"--out_path {args.out_path} is not empty: give another, or move it away")
+    problems += not_empty("--out_path", args.out_path)
     if problems:
         raise UserError("\n       ".join(problems))
     return args
@@ -250,10 +249,7 @@ def complete(args, folder, tokenizer):
         generation = GenerationConfig.from_pretrained(args.model_name_or_path)
     except OSError:  # the model has none
         generation = GenerationConfig()
-    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    if tokenizer.eos_token_id not in ends:  # a base model's does not know where turns end
-        generation.eos_token_id = [tokenizer.eos_token_id, *(end for end in ends if end is not None)]
-    generation.pad_token_id = tokenizer.pad_token_id
+    end_at_turns(generation, tokenizer)
     generation.save_pretrained(folder)
 
 
@@ -298,7 +294,8 @@ def run(argv):
         raise UserError(f"{args.model_name_or_path} itself is broken: its perplexity on the data is {before}")
     say(f"Perplexity before: {before:.4f}")
     check_disk("--out_path", unfinished, size_before)  # the layers not yet rounded and those that are
-    quantize(args, unfinished, samples, config.num_hidden_layers)
+    with interrupts_end_at_once():
+        quantize(args, unfinished, samples, config.num_hidden_layers)
     complete(args, unfinished, tokenizer)
     gc.collect()
     after, _ = measure(unfinished, held_back)

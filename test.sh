@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source examples/environment.sh
 use_environment tests/requirements.txt
-exec python -m pytest "$@"
+# Two files of tests at a time: most of what a test waits for is one core.
+exec python -m pytest -n 2 --dist loadfile "$@"

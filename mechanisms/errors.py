@@ -35,6 +35,16 @@ def _end_at_once(signal_number, frame):
 
 
 @contextlib.contextmanager
+def interrupts_end_at_once():
+    """For a library whose threads abort an interpreter that winds down: Ctrl-C does not wind it down."""
+    before = signal.signal(signal.SIGINT, _end_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def user_errors_end_the_program():
     """Wrap a script's main: a `UserError` is printed and exits with 2, Ctrl-C exits with 130.
 
