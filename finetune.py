@@ -44,6 +44,7 @@ from mechanisms import checkpoints, console, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.checks import check_model, choose_precision, first_line, load_config
 from mechanisms.console import say
+from mechanisms.cores import on_all_cores
 from mechanisms.data_report import DataReport
 from mechanisms.loading import load_weights
 from mechanisms.memory import checkpointing_needed
@@ -205,17 +206,22 @@ class Sample(NamedTuple):
     outcome: str
 
 
-def load_conversations(files, problems, notices):
-    """Yield (Place, Conversation) for every usable record of the files.
-
-    Unusable ones go to `problems`; `notices` (a Counter) counts what is left out of usable ones, by its name.
-    """
+def read_files(files, problems):
+    """Yield (Place, record) of all files, one after the other."""
     for path in files:
-        for place, record in read_records(path, problems):
-            try:
-                yield place, to_conversation(record, notices)
-            except BadRecord as bad:
-                problems.add(place, bad.args[0], record)
+        yield from read_records(path, problems)
+
+
+def to_conversations(records, problems, notices):
+    """Yield (Place, Conversation) for every usable one of (Place, record) pairs.
+
+    The others go to `problems`; `notices` (a Counter) counts what is left out of usable ones, by its name.
+    """
+    for place, record in records:
+        try:
+            yield place, to_conversation(record, notices)
+        except BadRecord as bad:
+            problems.add(place, bad.args[0], record)
 
 
 class ConversationEncoder:
@@ -238,6 +244,7 @@ class ConversationEncoder:
                             "this is not a ChatML (Qwen) model")
         self.start, self.end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
         *self.header, self.newline = tokenizer.encode("assistant\n", add_special_tokens=False)
+        tokenizer.backend_tokenizer.model._resize_cache(1 << 17)  # words whose tokens it remembers; as it comes, 10,000
         self.control_tokens = re.compile("|".join(map(re.escape, sorted(vocabulary, key=len, reverse=True))))
         self.rendered = rendered_parts(tokenizer)
         self._check_template()
@@ -245,26 +252,6 @@ class ConversationEncoder:
     def __call__(self, conversation):
         """Encode one conversation. Raises BadRecord."""
         return self.encode(conversation, self.render(conversation))
-
-    def batch(self, conversations):
-        """Encode many at the speed of the Rust tokenizer. Returns a list of Sample, or BadRecord in a place of one."""
-        results, plain = [None] * len(conversations), {}
-        for index, conversation in enumerate(conversations):
-            try:
-                rendered = self.render(conversation)
-                if isinstance(rendered, str):
-                    plain[index] = rendered
-                else:
-                    results[index] = self.encode(conversation, rendered)
-            except BadRecord as bad:
-                results[index] = bad
-        if plain:
-            for index, ids in zip(plain, self._tokenize(list(plain.values()))):
-                try:
-                    results[index] = self.encode(conversations[index], ids)
-                except BadRecord as bad:
-                    results[index] = bad
-        return results
 
     def render(self, conversation):
         """The conversation as text, or as ids where its content holds control tokens that must become plain text."""
@@ -287,17 +274,17 @@ class ConversationEncoder:
         except (jinja2.TemplateError, TypeError) as error:
             raise BadRecord([("the model's chat template refuses it", str(error))]) from error
 
-    def _tokenize(self, texts):
+    def _tokenize(self, text):
         # The Rust tokenizer itself: a call of transformers' also works out where in the text each token lies.
         rust = self.tokenizer.backend_tokenizer
         rust.no_padding()  # what an earlier call asked for would stay in force
         rust.no_truncation()
         rust.encode_special_tokens = False
-        return [encoding.ids for encoding in rust.encode_batch_fast(texts, add_special_tokens=False)]
+        return rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode(self, conversation, rendered):
         """A conversation and its `render`ing -> Sample. Raises BadRecord."""
-        ids = self._tokenize([rendered])[0] if isinstance(rendered, str) else rendered
+        ids = self._tokenize(rendered) if isinstance(rendered, str) else rendered
         labels = list(ids) if self.loss_on == "all" else [IGNORED] * len(ids)
         spans = self._assistant_spans(ids, labels)
         if len(spans) != len(conversation.trained):
@@ -385,16 +372,30 @@ class LazyConversations(torch.utils.data.Dataset):
 
 def tokenize(files, encoder, report):
     """Yield (input_ids, labels, digest) of every sample worth training on; everything else is counted in `report`."""
-    records = console.counted(load_conversations(files, report.problems, report.notices), "tokenizing", "records")
-    while group := list(itertools.islice(records, 1000)):
-        for (place, conversation), sample in zip(group, encoder.batch([conversation for _, conversation in group])):
-            digest = conversation.digest()
-            if isinstance(sample, BadRecord):
-                report.problems.add(place, sample.args[0], conversation._asdict())
-            elif report.count(sample, digest):
+
+    def encode(records):
+        """What became of some (Place, record) pairs; runs in another process."""
+        samples, problems, notices = [], Problems(), encoder.notices
+        for place, conversation in to_conversations(records, problems, notices):
+            try:
+                ids, labels, outcome = encoder(conversation)
+            except BadRecord as bad:
+                problems.add(place, bad.args[0], conversation._asdict())
+            else:
+                sample = Sample(np.array(ids, np.int32), np.array(labels, np.int32), outcome)
+                samples.append((sample, conversation.digest()))
+        encoder.notices = collections.Counter()
+        return samples, problems.rejected, notices
+
+    records = console.counted(read_files(files, report.problems), "tokenizing", "records")
+    groups = iter(lambda: list(itertools.islice(records, 500)), [])
+    for samples, rejected, notices in on_all_cores(encode, groups):
+        report.problems.rejected += rejected
+        report.notices.update(notices)
+        for sample, digest in samples:
+            if report.count(sample, digest):
                 yield sample.input_ids, sample.labels, digest
-    report.notices.update(encoder.notices)
-    encoder.notices.clear()
+    report.problems.rejected.sort(key=lambda row: (files.index(row["file"]), row["line"]))  # reading is ahead
 
 
 def load_lazily(files, encoder, report):
@@ -404,7 +405,8 @@ def load_lazily(files, encoder, report):
     are bytes, so only samples with more bytes than the maximum length have to be tokenized to know.
     """
     conversations, digests = [], []
-    for place, conversation in load_conversations(files, report.problems, report.notices):
+    for place, conversation in to_conversations(
+            read_files(files, report.problems), report.problems, report.notices):
         try:
             rendered, sample = encoder.render(conversation), None
             if (not isinstance(rendered, str) or not all(conversation.trained)

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging
 
-from finetune import IGNORED, ConversationEncoder, load_conversations, load_tokenizer
+from finetune import IGNORED, ConversationEncoder, load_tokenizer, read_files, to_conversations
 from mechanisms.checks import check_disk, first_line, load_config, not_empty
 from mechanisms.console import counted, say, table
 from mechanisms.loading import LOADING_ERRORS, end_at_turns, load_weights
@@ -143,7 +143,8 @@ def prepare_samples(args, tokenizer, problems):
     Raises UserError as finetune.py does, with every problem of the data.
     """
     encoder = ConversationEncoder(tokenizer, args.max_len)
-    conversations = load_conversations(find_files(args.data_path, problems), problems, collections.Counter())
+    records = read_files(find_files(args.data_path, problems), problems)
+    conversations = to_conversations(records, problems, collections.Counter())
     distinct = {}
     for place, conversation in counted(conversations, "reading", "records"):
         distinct.setdefault(conversation.digest(), (place, conversation))

@@ -68,7 +68,7 @@ def prepare(job):
         finetune.load_tokenizer(job["tokenizer_path"]).save_pretrained(job["model_path"])
     vocabulary = AutoConfig.from_pretrained(job["model_path"]).vocab_size
 
-    samples = [{"input_ids": ids, "labels": labels} for ids, labels, _ in tokenized(job)]
+    samples = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels, _ in tokenized(job)]
     order = np.random.default_rng(0).permutation(len(samples))
     wanted = job["steps"] * job["samples_per_step"]
     if len(order) < wanted:
@@ -393,8 +393,8 @@ def model_flops(model, samples):
 
 def preprocessing_speed(job, trainer):
     """Records per second from the data to input_ids and labels, as this contestant does it."""
-    conversations = [{"messages": conversation.messages} for _, conversation in finetune.load_conversations(
-        find_files(job["data"], Problems()), Problems(), DataReport().notices)]
+    conversations = [{"messages": conversation.messages} for _, conversation in finetune.to_conversations(
+        finetune.read_files(find_files(job["data"], Problems()), Problems()), Problems(), DataReport().notices)]
     tokenizer = finetune.load_tokenizer(job["model_path"])
     start = time.time()
     if job["contestant"].startswith("F"):

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from chat import load
-from finetune import load_conversations
+from finetune import read_files, to_conversations
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.records import Problems, find_files
 
@@ -53,7 +53,7 @@ def read_turns(path):
     files = find_files([path], problems)
     turns = [
         Turn(conversation.messages[:index], conversation.tools, message)
-        for _, conversation in load_conversations(files, problems, collections.Counter())
+        for _, conversation in to_conversations(read_files(files, problems), problems, collections.Counter())
         for index, message in enumerate(conversation.messages) if message["role"] == "assistant"
     ]
     problems.stop_or_skip(0)

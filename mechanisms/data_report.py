@@ -2,6 +2,8 @@
 
 import collections
 
+import numpy as np
+
 from mechanisms.console import table
 from mechanisms.records import Problems
 
@@ -22,13 +24,13 @@ class DataReport:
         """Count an encoded sample; True if it is kept. sample=None: kept, but not tokenized yet (lazy)."""
         if sample is None:
             self.counts_tokens = False
-        elif not sample.input_ids:
+        elif not len(sample.input_ids):
             self.left_out[sample.outcome] += 1
             return False
         else:
             self.truncated += sample.outcome == "truncated"
             self.tokens += len(sample.input_ids)
-            self.trained += len(sample.labels) - 1 - sample.labels[1:].count(-100)
+            self.trained += int((np.asarray(sample.labels[1:]) != -100).sum())
             self.longest = max(self.longest, len(sample.input_ids))
         self.kept += 1
         self.duplicates += digest in self.seen

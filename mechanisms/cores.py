@@ -1,0 +1,65 @@
+"""One function over many items, on all cores."""
+
+import collections
+import concurrent.futures
+import gc
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+
+from mechanisms.errors import UserError
+
+MOST = 32  # processes; beyond that the one that reads and writes the files sets the pace
+
+
+def on_all_cores(function, items):
+    """Yield function(item) of each item, in their order, computed by as many processes as there are cores.
+
+    The processes are forks of this one: they have all that `function` needs without a copy, and it must not touch the
+    GPU. Items are taken at most two per process ahead. A single item is computed here.
+
+    Raises what `function` raises, and UserError if a process is killed.
+    """
+    items = iter(items)
+    first = list(itertools.islice(items, 2))
+    if len(first) < 2:
+        yield from map(function, first)
+        return
+    cores = min(MOST, len(os.sched_getaffinity(0)))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        cores, multiprocessing.get_context("fork"), initializer=_begin, initargs=(function,))
+    try:
+        results = collections.deque()
+        for item in itertools.chain(first, items):
+            results.append(pool.submit(_compute, item))
+            if len(results) > 2 * cores:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError("a process that prepared the data was killed, usually because the memory ran out (dmesg says "
+                        "so then): free some, or allow fewer cores with taskset") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(function):
+    global _function
+    _function = function
+    gc.freeze()  # what came from the parent is not searched for garbage, which would copy all of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of them: the parent says it and ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """A parent that was killed cannot end its children."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _compute(item):
+    return _function(item)

@@ -1,0 +1,94 @@
+"""Work on all cores: the results and problems of one core, in the same order; whoever is killed, nothing hangs."""
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import finetune
+from mechanisms.cores import on_all_cores
+from mechanisms.data_report import DataReport
+from mechanisms.errors import UserError
+from mechanisms.record_shapes import BadRecord, to_conversation
+from mechanisms.records import Problems, read_records
+
+ROOT = Path(finetune.__file__).parent
+
+
+def test_results_come_in_order_from_other_processes():
+    def work(item):
+        time.sleep(0.02 * (item % 3))
+        return item, os.getpid()
+
+    results = list(on_all_cores(work, iter(range(20))))
+    assert [item for item, _ in results] == list(range(20))
+    assert os.getpid() not in {pid for _, pid in results}
+    assert list(on_all_cores(work, [1])) == [(1, os.getpid())] and list(on_all_cores(work, [])) == []
+
+
+def test_items_are_taken_only_a_little_ahead():
+    taken = []
+    results = on_all_cores(lambda item: item, (taken.append(item) or item for item in range(1000)))
+    assert next(results) == 0 and len(taken) <= 2 * len(os.sched_getaffinity(0)) + 1
+    results.close()
+
+
+def test_errors_come_through():
+    with pytest.raises(ZeroDivisionError):
+        list(on_all_cores(lambda item: 1 / item, [2, 1, 0, 1]))
+    with pytest.raises(UserError, match="was killed"):
+        list(on_all_cores(lambda item: os.kill(os.getpid(), signal.SIGKILL), [1, 2, 3]))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stop_leaves_no_process_behind(stop):
+    code = ("import time\nfrom mechanisms.cores import on_all_cores\nfrom mechanisms.errors import *\n"
+            "with user_errors_end_the_program():\n"
+            "    for item in on_all_cores(lambda item: time.sleep(0.1), range(10000)): print(item, flush=True)")
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, start_new_session=True)
+    run.stdout.readline()
+    children = psutil.Process(run.pid).children()
+    assert children
+    (os.killpg if stop == signal.SIGINT else os.kill)(run.pid, stop)  # Ctrl-C goes to all of them
+    errors = run.communicate(timeout=30)[1]
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    if stop == signal.SIGINT:
+        assert (run.returncode, errors) == (130, "\ninterrupted\n")
+
+
+def test_samples_and_problems_of_many_records(make_model, tmp_path):
+    encoder = finetune.ConversationEncoder(finetune.load_tokenizer(str(make_model())), 64)
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    for path in files:
+        with open(path, "w", encoding="utf-8") as file:
+            for number in range(1200):
+                record = {"instruction": f"{number} is?", "output": f"{number} <|im_end|> 好" + " so" * (number % 90)}
+                line = json.dumps(record | {"extra": 1} if number % 7 == 0 else record)
+                file.write({100: "{", 701: '{"instruction": ""}', 1100: "[1]"}.get(number, line) + "\n")
+    report = DataReport()
+    found = [(ids.tolist(), labels.tolist(), digest) for ids, labels, digest in
+             finetune.tokenize(files, encoder, report)]
+
+    problems, notices, expected = Problems(), collections.Counter(), []
+    for path in files:
+        for place, record in read_records(path, problems):
+            try:
+                conversation = to_conversation(record, notices)
+            except BadRecord as bad:
+                problems.add(place, bad.args[0], record)
+                continue
+            sample = encoder(conversation)
+            expected.append((sample.input_ids, sample.labels, conversation.digest()))
+    assert found == expected and len(found) == 2394
+    assert report.problems.rejected == problems.rejected and len(problems.rejected) == 6
+    assert report.notices == notices + encoder.notices and report.notices["<|im_end|> written in the data"] == 2394
+    assert report.truncated and report.tokens == sum(len(ids) for ids, _, _ in expected)
+    assert report.trained == sum(label != -100 for _, labels, _ in expected for label in labels[1:])
