@@ -68,13 +68,14 @@ def prepare(job):
         finetune.load_tokenizer(job["tokenizer_path"]).save_pretrained(job["model_path"])
     vocabulary = AutoConfig.from_pretrained(job["model_path"]).vocab_size
 
-    samples = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels, _ in tokenized(job)]
+    tokenizer = finetune.load_tokenizer(job["model_path"])
+    samples = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels, _ in tokenized(job, tokenizer)]
     order = np.random.default_rng(0).permutation(len(samples))
     wanted = job["steps"] * job["samples_per_step"]
     if len(order) < wanted:
         raise SystemExit(f"{wanted} samples are needed, and the data has only {len(order)}")
     chosen = [samples[index] for index in order[:wanted]]
-    if vocabulary < len(finetune.load_tokenizer(job["model_path"])):
+    if vocabulary < len(tokenizer):
         # There is no published tokenizer of so few words: real ids are taken modulo the vocabulary.
         for sample in chosen:
             sample["input_ids"] = [token % vocabulary for token in sample["input_ids"]]
@@ -94,9 +95,8 @@ def version(package):
         return None
 
 
-def tokenized(job):
+def tokenized(job, tokenizer):
     """(input_ids, labels, digest) of all samples of the data, by finetune.py: its labels are everybody's."""
-    tokenizer = finetune.load_tokenizer(job["model_path"])
     return finetune.tokenize(find_files(job["data"], Problems()),
                              finetune.ConversationEncoder(tokenizer, job["width"]), DataReport())
 
@@ -398,7 +398,7 @@ def preprocessing_speed(job, trainer):
     tokenizer = finetune.load_tokenizer(job["model_path"])
     start = time.time()
     if job["contestant"].startswith("F"):
-        for _ in tokenized(job):  # reads the files too
+        for _ in tokenized(job, tokenizer):  # reads the files too
             pass
     elif job["contestant"].startswith("O"):
         for conversation in conversations:
