@@ -9,12 +9,14 @@ median, least and most of all repetitions.
 
 import argparse
 import os
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from compare import median_and_range
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = """
@@ -63,20 +65,19 @@ def main():
         subprocess.run([sys.executable, "examples/make_tiny_model.py", "--output_dir", model], cwd=ROOT, check=True,
                        stdout=subprocess.DEVNULL)
         for repetition in range(repetitions):
-            ours = [sys.executable, "finetune.py", "--model_name_or_path", model, "--data_path", data, "--max_steps", "1",
-                    "--output_dir", os.path.join(folder, "out"), "--cache_dir", os.path.join(folder, str(repetition)),
-                    "--per_device_train_batch_size", "4", "--use_cpu", "--save_strategy", "no", "--model_max_length",
-                    "512", "--resume_from_checkpoint", "False"]
+            ours = [sys.executable, "finetune.py", "--model_name_or_path", model, "--data_path", data, "--max_steps",
+                    "1", "--output_dir", os.path.join(folder, "out"), "--cache_dir",
+                    os.path.join(folder, str(repetition)), "--per_device_train_batch_size", "4", "--use_cpu",
+                    "--save_strategy", "no", "--model_max_length", "512", "--resume_from_checkpoint", "False"]
             bare = [sys.executable, "-c", BARE, model, data, os.path.join(folder, "bare")]
             for name, command in zip(names, (bare, ours, ours)):
-                subprocess.run(["rm", "-rf", os.path.join(folder, "out")], check=True)
+                shutil.rmtree(os.path.join(folder, "out"), ignore_errors=True)
                 found.setdefault(name, []).append(seconds_to_first_step(command))
                 print(f"{name}: {found[name][-1]:.1f} s", file=sys.stderr, flush=True)
     print("| | seconds | x bare Trainer |\n|---|---|---|")
     for name in names:
         ratios = [own / other for own, other in zip(found[name], found[names[0]])]
-        print("| " + " | ".join([name, *(f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-                                         for values in (found[name], ratios))]) + " |")
+        print(f"| {name} | {median_and_range(found[name])} | {median_and_range(ratios)} |")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ import json
 import os
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from compare import median_and_range
 
 ALPACA = ("datasets/alpaca/alpaca_en_demo.json", "datasets/alpaca/alpaca_zh_demo.json",
           "datasets/alpaca/huanhuan.json", "datasets/alpaca/identity.json")
@@ -106,7 +107,7 @@ def main():
             samples, seconds = in_new_process("loop", data, tokenizer_path)
             print(f"apply_chat_template in a loop: {samples / seconds:,.0f} records/s", flush=True)
             ratios[-1] /= samples / seconds
-    print(f"ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+    print(f"ratio: {median_and_range(ratios)}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import finetune
 from mechanisms.cores import on_all_cores
 from mechanisms.data_report import DataReport
 from mechanisms.errors import UserError
-from mechanisms.record_shapes import BadRecord, to_conversation
-from mechanisms.records import Problems, read_records
+from mechanisms.records import Problems
 
 ROOT = Path(finetune.__file__).parent
 
@@ -78,15 +77,9 @@ def test_samples_and_problems_of_many_records(make_model, tmp_path):
              finetune.tokenize(files, encoder, report)]
 
     problems, notices, expected = Problems(), collections.Counter(), []
-    for path in files:
-        for place, record in read_records(path, problems):
-            try:
-                conversation = to_conversation(record, notices)
-            except BadRecord as bad:
-                problems.add(place, bad.args[0], record)
-                continue
-            sample = encoder(conversation)
-            expected.append((sample.input_ids, sample.labels, conversation.digest()))
+    for _, conversation in finetune.to_conversations(finetune.read_files(files, problems), problems, notices):
+        sample = encoder(conversation)
+        expected.append((sample.input_ids, sample.labels, conversation.digest()))
     assert found == expected and len(found) == 2394
     assert report.problems.rejected == problems.rejected and len(problems.rejected) == 6
     assert report.notices == notices + encoder.notices and report.notices["<|im_end|> written in the data"] == 2394
