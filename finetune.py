@@ -44,7 +44,7 @@ from mechanisms import checkpoints, console, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.checks import check_model, choose_precision, first_line, load_config
 from mechanisms.console import say
-from mechanisms.cores import on_all_cores
+from mechanisms.cores import count_cores, on_all_cores
 from mechanisms.data_report import DataReport
 from mechanisms.loading import load_weights
 from mechanisms.memory import checkpointing_needed
@@ -53,10 +53,12 @@ from mechanisms.qwen1 import QWEN_CHATML, standard_folder
 from mechanisms.record_shapes import BadRecord, to_conversation
 from mechanisms.records import Problems, find_files, read_records
 from mechanisms.template_probe import dict_keys, rendered_parts, split_thinking, strings, used_parts
-from mechanisms.token_cache import TokenCache, cache_key
+from mechanisms.text_encoder import TextEncoder
+from mechanisms.token_cache import TokenCache, TokenizedSamples, cache_key
 from mechanisms.trainer import SafeTrainer
 
 IGNORED = -100  # the label of a token that is not trained (torch.nn.functional.cross_entropy's ignore_index)
+MUCH_TEXT = 8 << 20  # bytes of data per core from which TextEncoder.hasten saves more time than it takes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,6 +239,7 @@ class ConversationEncoder:
 
     def __init__(self, tokenizer, max_length, loss_on="assistant", overlong="truncate"):
         self.tokenizer, self.max_length, self.loss_on, self.overlong = tokenizer, max_length, loss_on, overlong
+        self.ids_of = TextEncoder(tokenizer)
         self.notices = collections.Counter()
         vocabulary = tokenizer.get_added_vocab()
         if not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
@@ -244,7 +247,6 @@ class ConversationEncoder:
                             "this is not a ChatML (Qwen) model")
         self.start, self.end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
         *self.header, self.newline = tokenizer.encode("assistant\n", add_special_tokens=False)
-        tokenizer.backend_tokenizer.model._resize_cache(1 << 17)  # words whose tokens it remembers; as it comes, 10,000
         self.control_tokens = re.compile("|".join(map(re.escape, sorted(vocabulary, key=len, reverse=True))))
         self.rendered = rendered_parts(tokenizer)
         self._check_template()
@@ -274,17 +276,9 @@ class ConversationEncoder:
         except (jinja2.TemplateError, TypeError) as error:
             raise BadRecord([("the model's chat template refuses it", str(error))]) from error
 
-    def _tokenize(self, text):
-        # The Rust tokenizer itself: a call of transformers' also works out where in the text each token lies.
-        rust = self.tokenizer.backend_tokenizer
-        rust.no_padding()  # what an earlier call asked for would stay in force
-        rust.no_truncation()
-        rust.encode_special_tokens = False
-        return rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
     def encode(self, conversation, rendered):
         """A conversation and its `render`ing -> Sample. Raises BadRecord."""
-        ids = self._tokenize(rendered) if isinstance(rendered, str) else rendered
+        ids = self.ids_of(rendered) if isinstance(rendered, str) else rendered
         labels = list(ids) if self.loss_on == "all" else [IGNORED] * len(ids)
         spans = self._assistant_spans(ids, labels)
         if len(spans) != len(conversation.trained):
@@ -371,30 +365,34 @@ class LazyConversations(torch.utils.data.Dataset):
 
 
 def tokenize(files, encoder, report):
-    """Yield (input_ids, labels, digest) of every sample worth training on; everything else is counted in `report`."""
+    """Yield the TokenizedSamples worth training on; everything else is counted in `report`."""
 
     def encode(records):
-        """What became of some (Place, record) pairs; runs in another process."""
-        samples, problems, notices = [], Problems(), encoder.notices
-        for place, conversation in to_conversations(records, problems, notices):
+        """Some (Place, record) pairs -> their TokenizedSamples and DataReport; runs in another process."""
+        found, ids, labels, lengths, digests = DataReport(), [], [], [], []
+        encoder.notices = found.notices
+        for place, conversation in to_conversations(records, found.problems, found.notices):
             try:
-                ids, labels, outcome = encoder(conversation)
+                sample = encoder(conversation)
             except BadRecord as bad:
-                problems.add(place, bad.args[0], conversation._asdict())
-            else:
-                sample = Sample(np.array(ids, np.int32), np.array(labels, np.int32), outcome)
-                samples.append((sample, conversation.digest()))
-        encoder.notices = collections.Counter()
-        return samples, problems.rejected, notices
+                found.problems.add(place, bad.args[0], conversation._asdict())
+                continue
+            digest = conversation.digest()
+            if found.count(sample, digest):
+                ids += sample.input_ids
+                labels += sample.labels
+                lengths.append(len(sample.input_ids))
+                digests.append(digest)
+        return TokenizedSamples(np.array(ids, np.int32), np.array(labels, np.int32) != IGNORED,
+                                np.array(lengths, np.int64), np.array(digests, np.uint64)), found
 
+    if sum(map(os.path.getsize, files)) > MUCH_TEXT * count_cores():
+        encoder.ids_of.hasten()
     records = console.counted(read_files(files, report.problems), "tokenizing", "records")
     groups = iter(lambda: list(itertools.islice(records, 500)), [])
-    for samples, rejected, notices in on_all_cores(encode, groups):
-        report.problems.rejected += rejected
-        report.notices.update(notices)
-        for sample, digest in samples:
-            if report.count(sample, digest):
-                yield sample.input_ids, sample.labels, digest
+    for samples, found in on_all_cores(encode, groups):
+        report.add(found)
+        yield samples
     report.problems.rejected.sort(key=lambda row: (files.index(row["file"]), row["line"]))  # reading is ahead
 
 
@@ -434,7 +432,7 @@ def load_dataset(files, encoder, data_args, training_args):
     here = os.path.dirname(os.path.abspath(__file__))
     sources = [os.path.join(here, name) for name in (
         "finetune.py", "mechanisms/data_report.py", "mechanisms/record_shapes.py", "mechanisms/records.py",
-        "mechanisms/template_probe.py", "mechanisms/token_cache.py")]
+        "mechanisms/template_probe.py", "mechanisms/text_encoder.py", "mechanisms/token_cache.py")]
     cache_root = training_args.cache_dir or os.path.join(HF_HOME, "finetune_tokens")
     with training_args.main_process_first(desc="tokenizing"):
         folder = os.path.join(cache_root, "tokens-" + cache_key(files, encoder.tokenizer, flags, sources))

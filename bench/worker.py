@@ -31,6 +31,7 @@ from mechanisms.flags import prepare_command_line
 from mechanisms.head_loss import HeadLoss, SummedCrossEntropy
 from mechanisms.packing import best_fit_decreasing
 from mechanisms.records import Problems, find_files
+from mechanisms.token_cache import TokenCache
 from mechanisms.trainer import SafeTrainer
 
 # The first two are small enough for a laptop: in the one nearly all work is the output layer's, in the other the
@@ -69,12 +70,13 @@ def prepare(job):
     vocabulary = AutoConfig.from_pretrained(job["model_path"]).vocab_size
 
     tokenizer = finetune.load_tokenizer(job["model_path"])
-    samples = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels, _ in tokenized(job, tokenizer)]
+    TokenCache.write(os.path.join(job["folder"], "tokens"), tokenized(job, tokenizer), dict)
+    samples = TokenCache(os.path.join(job["folder"], "tokens"))
     order = np.random.default_rng(0).permutation(len(samples))
     wanted = job["steps"] * job["samples_per_step"]
     if len(order) < wanted:
         raise SystemExit(f"{wanted} samples are needed, and the data has only {len(order)}")
-    chosen = [samples[index] for index in order[:wanted]]
+    chosen = [{name: values.tolist() for name, values in samples[index].items()} for index in order[:wanted]]
     if vocabulary < len(tokenizer):
         # There is no published tokenizer of so few words: real ids are taken modulo the vocabulary.
         for sample in chosen:
@@ -96,7 +98,7 @@ def version(package):
 
 
 def tokenized(job, tokenizer):
-    """(input_ids, labels, digest) of all samples of the data, by finetune.py: its labels are everybody's."""
+    """The TokenizedSamples of all the data, by finetune.py: its labels are everybody's."""
     return finetune.tokenize(find_files(job["data"], Problems()),
                              finetune.ConversationEncoder(tokenizer, job["width"]), DataReport())
 

@@ -14,6 +14,10 @@ from mechanisms.errors import UserError
 MOST = 32  # processes; beyond that the one that reads and writes the files sets the pace
 
 
+def count_cores():
+    return min(MOST, len(os.sched_getaffinity(0)))
+
+
 def on_all_cores(function, items):
     """Yield function(item) of each item, in their order, computed by as many processes as there are cores.
 
@@ -27,7 +31,7 @@ def on_all_cores(function, items):
     if len(first) < 2:
         yield from map(function, first)
         return
-    cores = min(MOST, len(os.sched_getaffinity(0)))
+    cores = count_cores()
     pool = concurrent.futures.ProcessPoolExecutor(
         cores, multiprocessing.get_context("fork"), initializer=_begin, initargs=(function,))
     try:

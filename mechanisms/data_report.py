@@ -2,8 +2,6 @@
 
 import collections
 
-import numpy as np
-
 from mechanisms.console import table
 from mechanisms.records import Problems
 
@@ -30,12 +28,24 @@ class DataReport:
         else:
             self.truncated += sample.outcome == "truncated"
             self.tokens += len(sample.input_ids)
-            self.trained += int((np.asarray(sample.labels[1:]) != -100).sum())
+            self.trained += len(sample.labels) - 1 - sample.labels[1:].count(-100)
             self.longest = max(self.longest, len(sample.input_ids))
         self.kept += 1
         self.duplicates += digest in self.seen
         self.seen.add(digest)
         return True
+
+    def add(self, other):
+        """Count what another report has counted, of other records of the same data set."""
+        self.problems.rejected += other.problems.rejected
+        self.problems.fatal += other.problems.fatal
+        self.notices.update(other.notices)
+        self.left_out.update(other.left_out)
+        for name in ("kept", "truncated", "tokens", "trained"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        self.duplicates += other.duplicates + len(self.seen & other.seen)
+        self.seen |= other.seen
 
     def to_json(self):
         fields = {name: value for name, value in vars(self).items() if name not in ("problems", "seen")}

@@ -17,6 +17,9 @@ os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 logging.getLogger("torchao").setLevel(logging.ERROR)
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
+# On CPUs with bfloat16 instructions bitsandbytes remarks that it has not found a package with other kernels for them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 # DeepSpeed announces on every import that it has found no GPU. Naming the accelerator keeps it from looking.
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -70,7 +70,7 @@ class Problems:
 
     def write(self, path):
         """The rejected records with their reasons, one JSON object a line."""
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # half characters as JSON has them
             for row in self.rejected:
                 row = {key: value for key, value in row.items() if key != "kinds"}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,11 +29,20 @@ def cache_key(files, tokenizer, flags, sources):
     return digest.hexdigest()
 
 
-class TokenCache:
-    """A sequence of samples {"input_ids": int32 (length,), "labels": int64 (length,)} in `folder`, and their report.
+class TokenizedSamples(NamedTuple):
+    """Samples end to end: input_ids int32 and trained bool (tokens of all), lengths int64 and digests uint64 (samples).
 
-    `digests` is a uint64 array (number of samples,): equal for samples of equal conversations.
+    A digest is equal for samples of equal conversations.
     """
+
+    input_ids: np.ndarray
+    trained: np.ndarray
+    lengths: np.ndarray
+    digests: np.ndarray
+
+
+class TokenCache:
+    """A sequence of samples {"input_ids": int32 (length,), "labels": int64 (length,)} in `folder`, and their report."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -54,24 +64,24 @@ class TokenCache:
     def write(folder, samples, make_report):
         """Write all samples, then the report, then give the folder its name, so that a kill leaves nothing half.
 
-        samples: iterator of (input_ids, labels, digest); make_report: called after the last one, returns a
-        JSON-serialisable dict. Raises whatever `samples` or `make_report` raise, leaving no folder behind.
+        samples: iterator of TokenizedSamples; make_report: called after the last one, returns a JSON-serialisable
+        dict. Raises whatever `samples` or `make_report` raise, leaving no folder behind.
         """
         unfinished = f"{folder}.{os.getpid()}.unfinished"
         os.makedirs(unfinished)
         try:
-            offsets, digests = [0], []
+            lengths, digests = [np.zeros(1, np.int64)], [np.zeros(0, np.uint64)]
             with open(os.path.join(unfinished, "input_ids.int32"), "wb") as ids_file, \
                     open(os.path.join(unfinished, "trained.bool"), "wb") as trained_file:
-                for input_ids, labels, digest in samples:
-                    np.asarray(input_ids, np.int32).tofile(ids_file)
-                    (np.asarray(labels) != -100).tofile(trained_file)
-                    offsets.append(offsets[-1] + len(input_ids))
-                    digests.append(digest)
-            np.asarray(offsets, np.int64).tofile(os.path.join(unfinished, "offsets.int64"))
-            np.asarray(digests, np.uint64).tofile(os.path.join(unfinished, "digests.uint64"))
+                for group in samples:
+                    group.input_ids.tofile(ids_file)
+                    group.trained.tofile(trained_file)
+                    lengths.append(group.lengths)
+                    digests.append(group.digests)
+            np.cumsum(np.concatenate(lengths)).tofile(os.path.join(unfinished, "offsets.int64"))
+            np.concatenate(digests).tofile(os.path.join(unfinished, "digests.uint64"))
             with open(os.path.join(unfinished, "report.json"), "w", encoding="utf-8") as file:
-                json.dump(make_report(), file, ensure_ascii=False)
+                json.dump(make_report(), file)
             try:
                 os.replace(unfinished, folder)
             except OSError:  # another node or run that shares the cache was first

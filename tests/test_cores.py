@@ -17,8 +17,10 @@ from mechanisms.cores import on_all_cores
 from mechanisms.data_report import DataReport
 from mechanisms.errors import UserError
 from mechanisms.records import Problems
+from mechanisms.token_cache import TokenCache
 
 ROOT = Path(finetune.__file__).parent
+HALF = r'{"instruction": "?", "output": "\ud83d"}'  # of an emoji
 
 
 def test_results_come_in_order_from_other_processes():
@@ -63,7 +65,9 @@ def test_a_stop_leaves_no_process_behind(stop):
         assert (run.returncode, errors) == (130, "\ninterrupted\n")
 
 
-def test_samples_and_problems_of_many_records(make_model, tmp_path):
+@pytest.mark.parametrize("much_text", [0, 1 << 40])
+def test_samples_and_problems_of_many_records(make_model, tmp_path, monkeypatch, much_text):
+    monkeypatch.setattr(finetune, "MUCH_TEXT", much_text)
     encoder = finetune.ConversationEncoder(finetune.load_tokenizer(str(make_model())), 64)
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     for path in files:
@@ -71,17 +75,26 @@ def test_samples_and_problems_of_many_records(make_model, tmp_path):
             for number in range(1200):
                 record = {"instruction": f"{number} is?", "output": f"{number} <|im_end|> 好" + " so" * (number % 90)}
                 line = json.dumps(record | {"extra": 1} if number % 7 == 0 else record)
-                file.write({100: "{", 701: '{"instruction": ""}', 1100: "[1]"}.get(number, line) + "\n")
+                file.write({100: "{", 701: '{"instruction": ""}', 1100: "[1]", 1101: HALF}.get(number, line) + "\n")
     report = DataReport()
-    found = [(ids.tolist(), labels.tolist(), digest) for ids, labels, digest in
-             finetune.tokenize(files, encoder, report)]
+    TokenCache.write(str(tmp_path / "cache"), finetune.tokenize(files, encoder, report), report.to_json)
+    cache = TokenCache(str(tmp_path / "cache"))
+    found = [(cache[index]["input_ids"].tolist(), cache[index]["labels"].tolist(), digest)
+             for index, digest in enumerate(cache.digests)]
 
+    assert (encoder.ids_of.tiktoken is None) == (much_text > 0)
+
+    encoder = finetune.ConversationEncoder(finetune.load_tokenizer(str(make_model())), 64)
     problems, notices, expected = Problems(), collections.Counter(), []
     for _, conversation in finetune.to_conversations(finetune.read_files(files, problems), problems, notices):
         sample = encoder(conversation)
         expected.append((sample.input_ids, sample.labels, conversation.digest()))
-    assert found == expected and len(found) == 2394
-    assert report.problems.rejected == problems.rejected and len(problems.rejected) == 6
-    assert report.notices == notices + encoder.notices and report.notices["<|im_end|> written in the data"] == 2394
+    assert found == expected and len(found) == 2392
+    assert report.problems.rejected == problems.rejected and len(problems.rejected) == 8
+    assert cache.report["rejected"] == problems.rejected
+    problems.write(tmp_path / "rejected.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["data"] for row in written] == [row["data"] for row in problems.rejected]
+    assert report.notices == notices + encoder.notices and report.notices["<|im_end|> written in the data"] == 2392
     assert report.truncated and report.tokens == sum(len(ids) for ids, _, _ in expected)
     assert report.trained == sum(label != -100 for _, labels, _ in expected for label in labels[1:])
