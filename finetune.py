@@ -375,14 +375,13 @@ def tokenize(files, encoder, report):
             try:
                 sample = encoder(conversation)
             except BadRecord as bad:
-                found.problems.add(place, bad.args[0], conversation._asdict())
+                found.problems.add(place, bad.args[0], conversation.shown())
                 continue
-            digest = conversation.digest()
-            if found.count(sample, digest):
+            if found.count(sample, conversation.digest):
                 ids += sample.input_ids
                 labels += sample.labels
                 lengths.append(len(sample.input_ids))
-                digests.append(digest)
+                digests.append(conversation.digest)
         return TokenizedSamples(np.array(ids, np.int32), np.array(labels, np.int32) != IGNORED,
                                 np.array(lengths, np.int64), np.array(digests, np.uint64)), found
 
@@ -412,12 +411,11 @@ def load_lazily(files, encoder, report):
                     or rendered.count("<|im_start|>assistant\n") != len(conversation.trained)):
                 sample = encoder.encode(conversation, rendered)
         except BadRecord as bad:
-            report.problems.add(place, bad.args[0], conversation._asdict())
+            report.problems.add(place, bad.args[0], conversation.shown())
             continue
-        digest = conversation.digest()
-        if report.count(sample, digest):
+        if report.count(sample, conversation.digest):
             conversations.append(conversation)
-            digests.append(digest)
+            digests.append(conversation.digest)
     report.counts_tokens = False
     report.notices.update(encoder.notices)
     return LazyConversations(conversations, digests, encoder)

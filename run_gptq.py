@@ -147,7 +147,7 @@ def prepare_samples(args, tokenizer, problems):
     conversations = to_conversations(records, problems, collections.Counter())
     distinct = {}
     for place, conversation in counted(conversations, "reading", "records"):
-        distinct.setdefault(conversation.digest(), (place, conversation))
+        distinct.setdefault(conversation.digest, (place, conversation))
     drawn = list(distinct.values())
     random.Random(SEED).shuffle(drawn)
     share, most = HELD_BACK
@@ -157,7 +157,7 @@ def prepare_samples(args, tokenizer, problems):
         try:
             sample = encoder(conversation)
         except BadRecord as bad:
-            problems.add(place, bad.args[0], conversation._asdict())
+            problems.add(place, bad.args[0], conversation.shown())
             continue
         if sample.input_ids:  # something to learn
             samples.append(sample)

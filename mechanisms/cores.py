@@ -32,6 +32,7 @@ def on_all_cores(function, items):
         yield from map(function, first)
         return
     cores = count_cores()
+    gc.freeze()  # what there is already is not searched for garbage, which in a fork would copy all of it
     pool = concurrent.futures.ProcessPoolExecutor(
         cores, multiprocessing.get_context("fork"), initializer=_begin, initargs=(function,))
     try:
@@ -47,12 +48,12 @@ def on_all_cores(function, items):
                         "so then): free some, or allow fewer cores with taskset") from error
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
 
 
 def _begin(function):
     global _function
     _function = function
-    gc.freeze()  # what came from the parent is not searched for garbage, which would copy all of it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of them: the parent says it and ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each

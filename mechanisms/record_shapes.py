@@ -22,16 +22,17 @@ MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "tool_call_id"
 
 class Conversation(NamedTuple):
     """messages: dicts with "role" and "content" (str) as chat templates take them; tools: JSON schemas or None;
-    trained: for each assistant message in order, whether it may be trained."""
+    trained: for each assistant message in order, whether it may be trained; digest: a 64-bit number, equal for equal
+    conversations."""
 
     messages: list
     tools: list | None
     trained: tuple
+    digest: int
 
-    def digest(self):
-        """A 64-bit number, equal for equal conversations."""
-        text = json.dumps(self, ensure_ascii=False, sort_keys=True)
-        return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    def shown(self):
+        """What rejected.jsonl shows of it."""
+        return {"messages": self.messages, "tools": self.tools, "trained": self.trained}
 
 
 class BadRecord(Exception):
@@ -81,13 +82,13 @@ def to_conversation(record, notices):
     while messages[-1]["role"] != "assistant":  # nobody answers it: nothing is learned from it
         messages.pop()
         notices["unanswered last message"] += 1
-    conversation = Conversation(messages, tools, tuple(trained))
     try:
-        json.dumps(conversation, ensure_ascii=False).encode()
+        written = json.dumps([messages, tools, trained], ensure_ascii=False, sort_keys=True).encode()
     except UnicodeEncodeError as error:
         raise BadRecord([("half a character", f"{error.object[error.start]!r} is half of a surrogate pair: the text "
                           "was cut or converted wrongly")]) from error
-    return conversation
+    digest = int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "big")
+    return Conversation(messages, tools, tuple(trained), digest)
 
 
 def nearest_shape(record):

@@ -88,7 +88,7 @@ def test_samples_and_problems_of_many_records(make_model, tmp_path, monkeypatch,
     problems, notices, expected = Problems(), collections.Counter(), []
     for _, conversation in finetune.to_conversations(finetune.read_files(files, problems), problems, notices):
         sample = encoder(conversation)
-        expected.append((sample.input_ids, sample.labels, conversation.digest()))
+        expected.append((sample.input_ids, sample.labels, conversation.digest))
     assert found == expected and len(found) == 2392
     assert report.problems.rejected == problems.rejected and len(problems.rejected) == 8
     assert cache.report["rejected"] == problems.rejected
