@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 
@@ -47,6 +48,7 @@ def prepare_command_line(script, argv):
     renamed = RENAMED if "transformers" in groups else {}
     known |= {f"no_{flag}" for flag in known} | set(renamed)
     if "-h" in argv or "--help" in argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word, like any Unix tool
         _print_help(ast.get_docstring(ast.parse(_source(script))), groups)
         sys.exit(0)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):

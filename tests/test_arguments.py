@@ -55,6 +55,12 @@ def test_a_wrong_flag_and_help_are_answered_at_once(flags):
         assert "unknown flag --bogus" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_help_cut_by_a_pipe_says_nothing_else():
+    result = subprocess.run(f"'{sys.executable}' finetune.py --help | head -n 1", shell=True, cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.stdout.count("\n") == 1 and not result.stderr
+
+
 def test_every_flag_of_ours_has_a_help_text():
     from dataclasses import fields
 

@@ -225,3 +225,16 @@ def test_a_lock_that_a_killed_compilation_left_is_pointed_at(monkeypatch, tmp_pa
     (tmp_path / "cpu_adam" / "lock").touch()
     [line] = strategies.compilation_locks()
     assert line.startswith(f"{tmp_path}/cpu_adam/lock: ") and "delete it" in line
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_under_fsdp_is_that_of_the_whole_model(make_model, tmp_path, tied):
+    """--fsdp needs a GPU; its wrapping does not."""
+    run = torchrun(["tests/fsdp.py", make_model(tie_word_embeddings=tied), tmp_path / "results.json"])
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results.keys() == {"1", "2"}
+    for result in results.values():
+        assert 0.4 < result["share of the weights here"] < 0.6
+        assert result["loss"] == pytest.approx(result["expected"], rel=1e-6)
+        assert result["furthest gradient"] < 1e-5
