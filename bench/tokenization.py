@@ -1,12 +1,12 @@
 """How fast records become tokens, how much memory that takes, and how soon a second run starts.
 
   python bench/tokenization.py                           # REAL_DATA=folder of the real tokenizers and data
-  python bench/tokenization.py --records 1000000 --repetitions 1
+  python bench/tokenization.py --records 1000000
 
 The records are questions and answers of the real Alpaca files, paired anew by chance. finetune.py goes from the file to
 its token cache, labels and report included; then it starts again and finds the cache. It is compared with a loop that
-parses the same records and calls `apply_chat_template` on each (the first 20,000 of them), without labels. Every run is
-a process of its own.
+parses the same records (the first 100,000 of them) and calls `apply_chat_template` on each, without labels. Every run
+is a process of its own.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from compare import median_and_range
 
 ALPACA = ("datasets/alpaca/alpaca_en_demo.json", "datasets/alpaca/alpaca_zh_demo.json",
           "datasets/alpaca/huanhuan.json", "datasets/alpaca/identity.json")
-LOOPED = 20_000
+LOOPED = 100_000
 
 
 def start(data, tokenizer_path, cache_dir):
@@ -81,7 +81,7 @@ def in_new_process(*job):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=50_000, help="(50000)")
+    parser.add_argument("--records", type=int, default=200_000, help="(200000)")
     parser.add_argument("--repetitions", type=int, default=3, help="(3)")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import compare  # noqa: E402
+import tokenization  # noqa: E402
 import worker  # noqa: E402
 
 
@@ -39,6 +40,15 @@ def test_who_trains_something_else_is_named(small, monkeypatch, capsys):
     assert compare.main(argv) == 0
     assert compare.main([*argv, "--plant-fault", "FP"]) == 1
     assert "FAILED: FP: the loss of the first step is" in capsys.readouterr().err
+
+
+def test_both_ways_of_tokenizing_take_all_records(make_model, tmp_path):
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for _ in range(700)))
+    for _ in ("first start", "second start"):
+        assert tokenization.start(str(data), make_model(), str(tmp_path / "cache"))[0] == 700
+    assert tokenization.loop(str(data), make_model())[0] == 700
 
 
 def test_arguments(monkeypatch, capsys):
