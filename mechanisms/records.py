@@ -127,7 +127,7 @@ def read_records(path, problems):
 def _decode(raw, path, line, problems):
     """bytes -> str, or None with a problem that names the line and the encoding it looks like."""
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         for encoding in ("gb18030", "cp949", "latin-1"):

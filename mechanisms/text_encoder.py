@@ -1,5 +1,6 @@
 """Text to ids as the model's own Rust tokenizer makes them; where there is much text, by tiktoken, which is faster."""
 
+import functools
 import json
 import re
 
@@ -33,8 +34,9 @@ class TextEncoder:
 
     def __call__(self, text):
         if self.tiktoken and not OTHER.search(text):
+            first, end, rest = text.partition("<|im_end|>")  # a control token: what stands around it is apart
             try:
-                return self.tiktoken.encode(text, allowed_special="all", disallowed_special=())
+                return self.beginning(first + end) + self.tiktoken_ids(rest)
             except ValueError:
                 pass  # thousands of blanks in a row are more than its regex engine can remember
         # Not by transformers, which also works out where in the text each token lies.
@@ -42,6 +44,9 @@ class TextEncoder:
         self.rust.no_truncation()
         self.rust.encode_special_tokens = False
         return self.rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def tiktoken_ids(self, text):
+        return self.tiktoken.encode(text, allowed_special="all", disallowed_special=())
 
     def hasten(self):
         """Spend a second on making texts several times faster to encode, if the tokenizer's rules are Qwen's.
@@ -55,7 +60,8 @@ class TextEncoder:
         model, added = rules["model"], {token["content"]: token["id"] for token in rules["added_tokens"]}
         if not BEFORE_BPE.items() <= rules.items() or not PLAIN_BPE.items() <= model.items() \
                 or any(token[flag] for token in rules["added_tokens"] for flag in FLAGS) \
-                or any(one != other and one in other for one in added for other in added):
+                or any(one != other and one in other for one in added for other in added) \
+                or "<|im_end|>" not in added or any("<" in token[1:] for token in added):
             return
         learned = {word: number for word, number in model["vocab"].items() if word not in added}
         words, byte_of = list(learned), {letter: byte for byte, letter in bytes_to_unicode().items()}
@@ -70,3 +76,4 @@ class TextEncoder:
             return
         self.tiktoken = tiktoken.Encoding("the same", pat_str=WORDS, special_tokens=added, mergeable_ranks={
             bytes(map(byte_of.get, word)): number for word, number in learned.items()})
+        self.beginning = functools.lru_cache(100)(self.tiktoken_ids)  # mostly a system prompt, the same for thousands

@@ -103,6 +103,7 @@ def unreachable(rules):
     lambda rules: rules["added_tokens"][0].update(lstrip=True),
     lambda rules: rules["added_tokens"][0].update(normalized=True),
     lambda rules: rules["added_tokens"].append({**rules["added_tokens"][0], "content": "<|im_end|>>", "id": 9999}),
+    lambda rules: rules["added_tokens"].append({**rules["added_tokens"][0], "content": "x<", "id": 9999}),
     swapped,
     unreachable,
 ])
