@@ -17,7 +17,7 @@ BEFORE_BPE = {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence
     {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}}
 PLAIN_BPE = {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False, "ignore_merges": False,
              "continuing_subword_prefix": "", "end_of_word_suffix": ""}
-FLAGS = "lstrip", "rstrip", "single_word", "normalized"  # of an added token, each of which makes it harder to find
+FLAGS = "lstrip", "rstrip", "single_word", "normalized"  # of an added token: it is not found just where it is written
 # A text with any other character is left to the Rust tokenizer. These are what NFC leaves as they are, next to any of
 # each other too, and what both regex engines take for the same kind of character (tests/test_text_encoder.py looks at
 # each): Latin, Cyrillic, Chinese, Japanese, Korean, punctuation, symbols, arrows, box drawing and emoji.
@@ -49,31 +49,44 @@ class TextEncoder:
         return self.tiktoken.encode(text, allowed_special="all", disallowed_special=())
 
     def hasten(self):
-        """Spend a second on making texts several times faster to encode, if the tokenizer's rules are Qwen's.
-
-        tiktoken joins the neighbours whose union has the lowest id, Rust those that come first in a list of pairs. The
-        two agree if the pairs stand in the order of the ids that they make, every token is a byte or made by one pair,
-        and the list makes every token out of its bytes. For while they agree, what happens inside a piece of text is
-        what happens if it stands alone: so neighbours whose union is a token are just the pair that makes it.
-        """
+        """Spend a second on making texts several times faster to encode, if the tokenizer's rules are Qwen's."""
         rules = json.loads(self.rust.to_str())
-        model, added = rules["model"], {token["content"]: token["id"] for token in rules["added_tokens"]}
-        if not BEFORE_BPE.items() <= rules.items() or not PLAIN_BPE.items() <= model.items() \
-                or any(token[flag] for token in rules["added_tokens"] for flag in FLAGS) \
-                or any(one != other and one in other for one in added for other in added) \
-                or "<|im_end|>" not in added or any("<" in token[1:] for token in added):
+        if not ordinary(rules):
             return
-        learned = {word: number for word, number in model["vocab"].items() if word not in added}
-        words, byte_of = list(learned), {letter: byte for byte, letter in bytes_to_unicode().items()}
-        joined = ["".join(pair) for pair in model["merges"]]
-        made = [learned.get(word, -1) for word in joined]
-        if made != sorted(set(made)) or {*byte_of, *joined} != learned.keys():
-            return
-        bare = Tokenizer(self.rust.model)
-        bare.pre_tokenizer = Split("\n", "removed")  # no word has one: byte 10 is another letter there
-        texts = ["\n".join(words[start:start + 2000]) for start in range(0, len(words), 2000)]
-        if [number for text in bare.encode_batch_fast(texts) for number in text.ids] != list(learned.values()):
-            return
-        self.tiktoken = tiktoken.Encoding("the same", pat_str=WORDS, special_tokens=added, mergeable_ranks={
-            bytes(map(byte_of.get, word)): number for word, number in learned.items()})
-        self.beginning = functools.lru_cache(100)(self.tiktoken_ids)  # mostly a system prompt, the same for thousands
+        added = {token["content"]: token["id"] for token in rules["added_tokens"]}
+        ranks = same_ranks(self.rust.model, rules["model"], added)
+        if ranks:
+            self.tiktoken = tiktoken.Encoding("the same", pat_str=WORDS, special_tokens=added, mergeable_ranks=ranks)
+            self.beginning = functools.lru_cache(100)(self.tiktoken_ids)  # mostly a system prompt, that of thousands
+
+
+def ordinary(rules):
+    """Whether these rules (tokenizer.json) are Qwen's but for the words that were learned and the tokens added."""
+    added = [token["content"] for token in rules["added_tokens"]]
+    if any(token[flag] for token in rules["added_tokens"] for flag in FLAGS) or "<|im_end|>" not in added:
+        return False
+    if any("<" in token[1:] or one != token and one in token for token in added for one in added):
+        return False  # two could begin in the same place of a text, or one inside another
+    return BEFORE_BPE.items() <= rules.items() and PLAIN_BPE.items() <= rules["model"].items()
+
+
+def same_ranks(bpe, rules, added):
+    """{bytes: id} with which tiktoken makes of every word what Rust's `bpe` with these `rules` makes of it, or None.
+
+    tiktoken joins the neighbours whose union has the lowest id, Rust those that come first in a list of pairs. The two
+    agree if the pairs stand in the order of the ids that they make, every token is a byte or made by one pair, and the
+    list makes every token out of its bytes. For while they agree, what happens inside a piece of text is what happens
+    if it stands alone: so neighbours whose union is a token are just the pair that makes it.
+    """
+    learned = {word: number for word, number in rules["vocab"].items() if word not in added}
+    words, joined = list(learned), ["".join(pair) for pair in rules["merges"]]
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    made = [learned.get(word, -1) for word in joined]
+    if made != sorted(set(made)) or {*byte_of, *joined} != learned.keys():
+        return None
+    alone = Tokenizer(bpe)
+    alone.pre_tokenizer = Split("\n", "removed")  # no word has one: byte 10 is another letter there
+    texts = ["\n".join(words[start:start + 2000]) for start in range(0, len(words), 2000)]
+    if [number for text in alone.encode_batch_fast(texts) for number in text.ids] != list(learned.values()):
+        return None
+    return {bytes(map(byte_of.get, word)): number for word, number in learned.items()}
