@@ -60,6 +60,12 @@ def load_weights(path, **options):
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{path} is not a whole model: its files lack {', '.join(missing[:3])}{more}")
+    # On a CPU with bfloat16 instructions bitsandbytes packs 4-bit weights anew at the first evaluation, for good and
+    # for a product that has no gradient: training would go on without. It also fails on layers of fewer than 64 inputs.
+    # Can go when it unpacks them for training (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078).
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
 import mechanisms.quiet  # noqa: F401
+
+# A shell's background job ignores Ctrl-C, and what it starts does too; here Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The models here are so small that a second thread only waits for the first; also for the processes tests start.
 os.environ["OMP_NUM_THREADS"] = "1"

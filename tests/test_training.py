@@ -205,6 +205,14 @@ def test_accumulation_equals_one_large_batch(train, tmp_path):
             assert one == pytest.approx(two, rel=1e-5)
 
 
+def test_an_evaluation_before_training_changes_no_4_bit_gradient(train, tmp_path):
+    logs = [train(*METHODS["qlora"], "--lora_dropout", 0, "--max_steps", 3, "--logging_steps", 1, "--eval_ratio", 0.2,
+                  "--output_dir", tmp_path / out, *flags).state.log_history
+            for out, flags in (("plain", []), ("evaluated", ["--eval_on_start", "True", "--eval_strategy", "steps"]))]
+    plain, evaluated = ([(entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry] for log in logs)
+    assert evaluated == plain and len(plain) == 3
+
+
 def test_evaluation_and_its_split(train, tmp_path, capsys):
     trainer = train("--eval_ratio", 0.1, "--eval_strategy", "steps", "--eval_steps", 3)
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
