@@ -452,8 +452,7 @@ def prepare_datasets(data_args, training_args, tokenizer):
         files = find_files(paths or [], problems)
         if files:
             datasets[name], reports[name] = load_dataset(files, encoder, data_args, training_args)
-            problems.rejected += reports[name].problems.rejected
-            problems.fatal += reports[name].problems.fatal
+            problems.extend(reports[name].problems)
     problems.stop_or_skip(data_args.skip_bad_rows)
     train, evaluation = datasets["train"], datasets.get("eval")
     if problems.rejected and training_args.process_index == 0:

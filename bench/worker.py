@@ -70,8 +70,9 @@ def prepare(job):
     vocabulary = AutoConfig.from_pretrained(job["model_path"]).vocab_size
 
     tokenizer = finetune.load_tokenizer(job["model_path"])
-    TokenCache.write(os.path.join(job["folder"], "tokens"), tokenized(job, tokenizer), dict)
-    samples = TokenCache(os.path.join(job["folder"], "tokens"))
+    cache = os.path.join(job["folder"], "tokens")
+    TokenCache.write(cache, tokenized(job, tokenizer), dict)
+    samples = TokenCache(cache)
     order = np.random.default_rng(0).permutation(len(samples))
     wanted = job["steps"] * job["samples_per_step"]
     if len(order) < wanted:

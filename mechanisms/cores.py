@@ -15,6 +15,7 @@ MOST = 32  # processes; beyond that the one that reads and writes the files sets
 
 
 def count_cores():
+    """How many processes `on_all_cores` takes."""
     return min(MOST, len(os.sched_getaffinity(0)))
 
 

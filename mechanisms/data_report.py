@@ -37,8 +37,7 @@ class DataReport:
 
     def add(self, other):
         """Count what another report has counted, of other records of the same data set."""
-        self.problems.rejected += other.problems.rejected
-        self.problems.fatal += other.problems.fatal
+        self.problems.extend(other.problems)
         self.notices.update(other.notices)
         self.left_out.update(other.left_out)
         for name in ("kept", "truncated", "tokens", "trained"):

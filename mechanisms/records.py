@@ -43,6 +43,11 @@ class Problems:
             "kinds": [kind for kind, _ in reasons], "data": data,
         })
 
+    def extend(self, other):
+        """Take over the problems of other records."""
+        self.rejected += other.rejected
+        self.fatal += other.fatal
+
     def report(self):
         """One line per problem for the first 20 rejected records, then a count per kind."""
         lines = list(self.fatal)

@@ -46,10 +46,13 @@ class TextEncoder:
         return self.rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def tiktoken_ids(self, text):
+        """Raises ValueError where its regex engine gives up."""
         return self.tiktoken.encode(text, allowed_special="all", disallowed_special=())
 
     def hasten(self):
         """Spend a second on making texts several times faster to encode, if the tokenizer's rules are Qwen's."""
+        if self.tiktoken:  # the training data had it done, and the evaluation data is much too
+            return
         rules = json.loads(self.rust.to_str())
         if not ordinary(rules):
             return
