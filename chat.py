@@ -19,7 +19,6 @@ if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is i
         COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
 
 import contextlib
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,10 +27,8 @@ import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
-from finetune import load_tokenizer
-from mechanisms.loading import find_base, load_model
-from mechanisms.qwen1 import standard_folder
-from mechanisms.template_probe import rendered_parts, split_thinking
+from mechanisms.data.template import rendered_parts, split_thinking
+from mechanisms.loading import find_base, load
 
 MAX_NEW_TOKENS = 2048  # where neither a flag nor the generation config sets a limit
 HELP = '''\
@@ -82,18 +79,6 @@ def parse_arguments(argv):
     if problems:
         raise UserError("\n       ".join(problems))
     return words[0], chat_args, given
-
-
-def load(path, base_model=None, dtype="auto", device_map=None):
-    """The model or adapter at `path` -> (model, tokenizer), ready to answer. merge_lora.py and examples use it too.
-
-    Arguments and UserErrors as those of `mechanisms.loading.load_model` and `find_base`.
-    """
-    base = find_base(path, base_model)
-    path = path if base else standard_folder(path)
-    has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
-    tokenizer = load_tokenizer(path if has_tokenizer else base)
-    return load_model(path, base, tokenizer, dtype, device_map), tokenizer
 
 
 class Answer(TextStreamer):

@@ -13,53 +13,42 @@ The same command given again goes on from the newest complete checkpoint.
 
 import sys
 
+import mechanisms.quiet  # noqa: F401  (before torch: it sets what that reads)
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.flags import prepare_command_line
-from mechanisms.quiet import gptqmodel_hidden  # imported before torch: it sets what that reads
 
 if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
     with user_errors_end_the_program():
         COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
 
-import collections
 import dataclasses
 import functools
 import hashlib
 import itertools
 import os
-import re
-import unicodedata
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import jinja2
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import HfArgumentParser
 
 from mechanisms import checkpoints, console, strategies, summary
 from mechanisms.attention import best_attention
-from mechanisms.checks import check_model, choose_precision, first_line, load_config
 from mechanisms.console import say
-from mechanisms.cores import count_cores, on_all_cores
-from mechanisms.data_report import DataReport
-from mechanisms.loading import load_weights
+from mechanisms.data.datasets import PackedRows, load_dataset, sample_lengths, split
+from mechanisms.data.encoder import IGNORED, ConversationEncoder
+from mechanisms.data.records import Problems, find_files
+from mechanisms.errors import first_line
+from mechanisms.gptq import gptqmodel_hidden
+from mechanisms.loading import check_model, load_config, load_weights
 from mechanisms.memory import checkpointing_needed
-from mechanisms.packing import best_fit_decreasing
-from mechanisms.qwen1 import QWEN_CHATML, standard_folder
-from mechanisms.record_shapes import BadRecord, to_conversation
-from mechanisms.records import Problems, find_files, read_records
-from mechanisms.template_probe import dict_keys, rendered_parts, split_thinking, strings, used_parts
-from mechanisms.text_encoder import TextEncoder
-from mechanisms.token_cache import TokenCache, TokenizedSamples, cache_key
+from mechanisms.qwen1 import standard_folder
+from mechanisms.strategies import choose_precision
+from mechanisms.tokenizer import is_base_model, load_tokenizer
 from mechanisms.trainer import SafeTrainer
-
-IGNORED = -100  # the label of a token that is not trained (torch.nn.functional.cross_entropy's ignore_index)
-MUCH_TEXT = 8 << 20  # bytes of data per core from which TextEncoder.hasten saves more time than it takes
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -194,252 +183,8 @@ def parse_arguments(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Conversations: a JSON record -> messages -> input_ids and labels
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Sample(NamedTuple):
-    """input_ids and labels (lists of int of one length; labels are IGNORED where nothing is trained).
-
-    outcome: "kept", "truncated", or why it is left out ("nothing to learn", "too long").
-    """
-
-    input_ids: list
-    labels: list
-    outcome: str
-
-
-def read_files(files, problems):
-    """Yield (Place, record) of all files, one after the other."""
-    for path in files:
-        yield from read_records(path, problems)
-
-
-def to_conversations(records, problems, notices):
-    """Yield (Place, Conversation) for every usable one of (Place, record) pairs.
-
-    The others go to `problems`; `notices` (a Counter) counts what is left out of usable ones, by its name.
-    """
-    for place, record in records:
-        try:
-            yield place, to_conversation(record, notices)
-        except BadRecord as bad:
-            problems.add(place, bad.args[0], record)
-
-
-class ConversationEncoder:
-    """Conversation -> Sample, by one rendering with the tokenizer's own chat template.
-
-    Control tokens in the content are encoded as plain text. The trained spans are found by walking the ids of that one
-    rendering: from after `<|im_start|>assistant\\n` through its `<|im_end|>`, what the model itself will have to say
-    after the prompt that inference builds.
-
-    Raises UserError if the tokenizer has no ChatML tokens or its template renders conversations in a way that cannot be
-    walked so.
-    """
-
-    def __init__(self, tokenizer, max_length, loss_on="assistant", overlong="truncate"):
-        self.tokenizer, self.max_length, self.loss_on, self.overlong = tokenizer, max_length, loss_on, overlong
-        self.ids_of = TextEncoder(tokenizer)
-        self.notices = collections.Counter()
-        vocabulary = tokenizer.get_added_vocab()
-        if not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
-            raise UserError(f"the tokenizer in {tokenizer.name_or_path} has no <|im_start|> and <|im_end|> tokens: "
-                            "this is not a ChatML (Qwen) model")
-        self.start, self.end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
-        *self.header, self.newline = tokenizer.encode("assistant\n", add_special_tokens=False)
-        self.control_tokens = re.compile("|".join(map(re.escape, sorted(vocabulary, key=len, reverse=True))))
-        self.rendered = rendered_parts(tokenizer)
-        self._check_template()
-
-    def __call__(self, conversation):
-        """Encode one conversation. Raises BadRecord."""
-        return self.encode(conversation, self.render(conversation))
-
-    def render(self, conversation):
-        """The conversation as text, or as ids where its content holds control tokens that must become plain text."""
-        messages, tools = conversation.messages, conversation.tools
-        left_out = used_parts(conversation) - self.rendered
-        if left_out:
-            raise BadRecord([("the model's chat template leaves this out", part) for part in sorted(left_out)])
-        if "reasoning_content" in self.rendered:
-            messages = [split_thinking(message) for message in messages]
-        written = set(self.control_tokens.findall("\0".join(strings([messages, tools]))))
-        if written and any(self.control_tokens.search(key) for key in dict_keys([messages, tools])):
-            raise BadRecord([("control token in the name of an argument", ", ".join(sorted(written)))])
-        for token in written:
-            self.notices[f"{token} written in the data"] += 1
-        try:
-            if not written:
-                return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-            return self.tokenizer.apply_chat_template(messages, tools=tools, sanitize_control_tokens=True,
-                                                      return_dict=False)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise BadRecord([("the model's chat template refuses it", str(error))]) from error
-
-    def encode(self, conversation, rendered):
-        """A conversation and its `render`ing -> Sample. Raises BadRecord."""
-        ids = self.ids_of(rendered) if isinstance(rendered, str) else rendered
-        labels = list(ids) if self.loss_on == "all" else [IGNORED] * len(ids)
-        spans = self._assistant_spans(ids, labels)
-        if len(spans) != len(conversation.trained):
-            raise BadRecord([("the rendering cannot be walked", f"{len(conversation.trained)} assistant messages, but "
-                              f"{len(spans)} found in what the chat template makes of them")])
-        for number, ((start, end), trained) in enumerate(zip(spans, conversation.trained), 1):
-            if self.loss_on != "all" and trained and (self.loss_on == "assistant" or number == len(spans)):
-                labels[start:end] = ids[start:end]
-            elif not trained:
-                labels[start:end] = [IGNORED] * (end - start)
-        outcome = "kept"
-        if len(ids) > self.max_length:
-            if self.overlong == "error":
-                raise BadRecord([("longer than --model_max_length", f"{len(ids)} tokens (--overlong error)")])
-            if self.overlong == "drop":
-                return Sample([], [], "too long")
-            ids, labels, outcome = ids[:self.max_length], labels[:self.max_length], "truncated"
-        if labels[1:].count(IGNORED) >= len(labels) - 1:  # the first token is never predicted
-            return Sample([], [], "nothing to learn")
-        return Sample(ids, labels, outcome)
-
-    def _assistant_spans(self, ids, labels):
-        """[(start, end)] of every assistant turn's words and end token; mends ids and labels in place on two points."""
-        spans, position = [], -1
-        while True:
-            try:
-                position = ids.index(self.start, position + 1)
-            except ValueError:
-                return spans
-            start = position + 1 + len(self.header)
-            if ids[position + 1:start] != self.header or start >= len(ids):
-                continue
-            if ids[start] != self.newline:
-                # Words that begin with a line break: the tokenizer fused it with the header's. Inference will give
-                # the model the header with its own "\n" token, so that is what is trained.
-                fused = self.tokenizer.decode([ids[start]])
-                if not fused.startswith("\n"):
-                    continue
-                parts = [self.newline, *self.tokenizer.encode(fused[1:], add_special_tokens=False)]
-                ids[start:start + 1] = parts
-                labels[start:start + 1] = parts if self.loss_on == "all" else [IGNORED] * len(parts)
-            start += 1
-            if self.end not in ids[start:]:
-                # The template leaves the last turn open (Qwen1.5's does): without its end token the model would never
-                # learn to stop.
-                self.notices["last turn without <|im_end|>, which was added"] += 1
-                ids.append(self.end)
-                labels.append(self.end if self.loss_on == "all" else IGNORED)
-            end = ids.index(self.end, start) + 1
-            spans.append((start, end))
-            position = end - 1
-
-    def _check_template(self):
-        """Refuse a template whose assistant turns do not come out word for word."""
-        words, turns = ["Yes, 1.", "好的，2。"], []
-        for word in words:
-            turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": word}]
-        ids = self.tokenizer.apply_chat_template(turns, return_dict=False)
-        found = [self.tokenizer.decode(ids[start:end]) for start, end in self._assistant_spans(ids, list(ids))]
-        self.notices.clear()
-        if len(found) != 2 or not all(text.endswith(word + "<|im_end|>")
-                                      for text, word in zip(found, words, strict=True)):
-            raise UserError(f"the chat template of {self.tokenizer.name_or_path} does not render assistant turns as "
-                            "<|im_start|>assistant, line break, words, <|im_end|>: which tokens are the assistant's "
-                            f"cannot be told exactly (found: {found})")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Datasets and batches
 # ---------------------------------------------------------------------------------------------------------------------
-
-class LazyConversations(torch.utils.data.Dataset):
-    """The samples of `TokenCache`, each tokenized when it is asked for."""
-
-    def __init__(self, conversations, digests, encoder):
-        self.conversations, self.digests, self.encoder = conversations, np.array(digests, np.uint64), encoder
-
-    def __len__(self):
-        return len(self.conversations)
-
-    def __getitem__(self, index):
-        sample = self.encoder(self.conversations[index])
-        return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels)}
-
-
-def tokenize(files, encoder, report):
-    """Yield the TokenizedSamples worth training on; everything else is counted in `report`."""
-
-    def encode(records):
-        """Some (Place, record) pairs -> their TokenizedSamples and DataReport; runs in another process."""
-        found, ids, labels, lengths, digests = DataReport(), [], [], [], []
-        encoder.notices = found.notices
-        for place, conversation in to_conversations(records, found.problems, found.notices):
-            try:
-                sample = encoder(conversation)
-            except BadRecord as bad:
-                found.problems.add(place, bad.args[0], conversation.shown())
-                continue
-            if found.count(sample, conversation.digest):
-                ids += sample.input_ids
-                labels += sample.labels
-                lengths.append(len(sample.input_ids))
-                digests.append(conversation.digest)
-        return TokenizedSamples(np.array(ids, np.int32), np.array(labels, np.int32) != IGNORED,
-                                np.array(lengths, np.int64), np.array(digests, np.uint64)), found
-
-    if sum(map(os.path.getsize, files)) > MUCH_TEXT * count_cores():
-        encoder.ids_of.hasten()
-    records = console.counted(read_files(files, report.problems), "tokenizing", "records")
-    groups = iter(lambda: list(itertools.islice(records, 500)), [])
-    for samples, found in on_all_cores(encode, groups):
-        report.add(found)
-        yield samples
-    report.problems.rejected.sort(key=lambda row: (files.index(row["file"]), row["line"]))  # reading is ahead
-
-
-def load_lazily(files, encoder, report):
-    """The same samples as `tokenize`, in the same order, not tokenized yet.
-
-    Which samples are left out must be known before the start. A byte-level tokenizer never makes more tokens than there
-    are bytes, so only samples with more bytes than the maximum length have to be tokenized to know.
-    """
-    conversations, digests = [], []
-    for place, conversation in to_conversations(
-            read_files(files, report.problems), report.problems, report.notices):
-        try:
-            rendered, sample = encoder.render(conversation), None
-            if (not isinstance(rendered, str) or not all(conversation.trained)
-                    or len(unicodedata.normalize("NFC", rendered).encode()) > encoder.max_length
-                    or rendered.count("<|im_start|>assistant\n") != len(conversation.trained)):
-                sample = encoder.encode(conversation, rendered)
-        except BadRecord as bad:
-            report.problems.add(place, bad.args[0], conversation.shown())
-            continue
-        if report.count(sample, conversation.digest):
-            conversations.append(conversation)
-            digests.append(conversation.digest)
-    report.counts_tokens = False
-    report.notices.update(encoder.notices)
-    return LazyConversations(conversations, digests, encoder)
-
-
-def load_dataset(files, encoder, data_args, training_args):
-    """Files -> (dataset, DataReport). Tokenized once per node; the other ranks, and later runs, read the cache."""
-    if data_args.lazy_preprocess:
-        report = DataReport()
-        return load_lazily(files, encoder, report), report
-    flags = {"max_length": encoder.max_length, "loss_on": encoder.loss_on, "overlong": encoder.overlong}
-    here = os.path.dirname(os.path.abspath(__file__))
-    sources = [os.path.join(here, name) for name in (
-        "finetune.py", "mechanisms/data_report.py", "mechanisms/record_shapes.py", "mechanisms/records.py",
-        "mechanisms/template_probe.py", "mechanisms/text_encoder.py", "mechanisms/token_cache.py")]
-    cache_root = training_args.cache_dir or os.path.join(HF_HOME, "finetune_tokens")
-    with training_args.main_process_first(desc="tokenizing"):
-        folder = os.path.join(cache_root, "tokens-" + cache_key(files, encoder.tokenizer, flags, sources))
-        if not TokenCache.exists(folder):
-            report = DataReport()
-            TokenCache.write(folder, tokenize(files, encoder, report), report.to_json)
-    cache = TokenCache(folder)
-    return cache, DataReport.from_json(cache.report)
-
 
 def prepare_datasets(data_args, training_args, tokenizer):
     """-> (train, eval or None). Prints the first sample and what became of all records.
@@ -472,40 +217,6 @@ def prepare_datasets(data_args, training_args, tokenizer):
     say("First sample, what is trained between [[ and ]]:",
         console.show_trained(tokenizer, first["input_ids"].tolist(), first["labels"].tolist()), "")
     return train, evaluation
-
-
-def split(dataset, ratio):
-    """Hold out about `ratio` of the samples, chosen by content: the same ones in any order and with any seed, and never
-    a duplicate of a trained one."""
-    digests = np.unique(dataset.digests)
-    held_out = np.isin(dataset.digests, digests[:round(len(digests) * ratio)])
-    indices = np.arange(len(dataset))
-    return (torch.utils.data.Subset(dataset, indices[~held_out].tolist()),
-            torch.utils.data.Subset(dataset, indices[held_out].tolist()))
-
-
-def sample_lengths(dataset):
-    """Tokens of each sample, int64 (samples), or None where they are tokenized when they are needed."""
-    if isinstance(dataset, torch.utils.data.Subset):
-        lengths = sample_lengths(dataset.dataset)
-        return None if lengths is None else lengths[dataset.indices]
-    return np.diff(dataset.offsets) if isinstance(dataset, TokenCache) else None
-
-
-class PackedRows(torch.utils.data.Dataset):
-    """Lists of samples, as many as fit into max_length tokens; the same ones for the same seed."""
-
-    def __init__(self, dataset, max_length, seed):
-        self.dataset, lengths = dataset, sample_lengths(dataset)
-        self.rows = best_fit_decreasing(lengths, max_length, seed)
-        self.fill = lengths.sum() / (len(self.rows) * max_length)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, row):
-        return [self.dataset[index] for index in self.rows[row]]
-
 
 def longest_row(dataset, training_args):
     """Tokens of the longest row that `EndToEnd` can make of a batch."""
@@ -548,42 +259,6 @@ class EndToEnd:
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and adapters
 # ---------------------------------------------------------------------------------------------------------------------
-
-def load_tokenizer(path, cache_dir=None):
-    """The model's tokenizer, ending turns with <|im_end|>; ChatML as Qwen has it if it brings no chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
-        if tokenizer.vocab_size < 256:  # a folder without tokenizer files gives an empty one
-            raise OSError("its tokenizer files are missing")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer in {path} has no fast (Rust) version, and this program needs one")
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = QWEN_CHATML
-        say(f"note: the tokenizer in {path} has no chat template; it gets Qwen's ChatML")
-    if "<|im_end|>" in tokenizer.get_added_vocab():
-        tokenizer.eos_token = "<|im_end|>"  # base models come with <|endoftext|>, which no turn ends with
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_added_vocab() else tokenizer.eos_token
-    return tokenizer
-
-
-def is_base_model(path, tokenizer):
-    """(bool, reason): whether the model was never trained on ChatML, so that its ChatML tokens mean nothing yet."""
-    name = os.path.basename(os.path.normpath(path)).lower()
-    for word, base in (("chat", False), ("instruct", False), ("base", True), ("qwen3", False)):
-        if word in name:
-            return base, f"its name holds {word!r}"
-    try:
-        ends = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        return True, "it has no generation config, and no name that says otherwise"
-    end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    if end_id in (ends if isinstance(ends, list) else [ends]):
-        return False, "its generation config ends at <|im_end|>"
-    return True, "its generation config does not end at <|im_end|>"
-
 
 def compute_dtype(training_args):
     return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32

@@ -34,10 +34,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from chat import load
-from mechanisms.checks import check_disk, first_line, not_empty
 from mechanisms.console import say, table
-from mechanisms.loading import LOADING_ERRORS, find_base
+from mechanisms.errors import first_line
+from mechanisms.loading import LOADING_ERRORS, find_base, load
+from mechanisms.paths import check_disk, not_empty
 from mechanisms.qwen1 import source_name
 from mechanisms.serving import modelfile, serving_hints
 

@@ -13,9 +13,9 @@ kill there is no `merged-Int4`, or a whole one. A model that the rounding has br
 
 import sys
 
+import mechanisms.quiet  # noqa: F401  (before torch: it sets what that reads)
 from mechanisms.errors import UserError, interrupts_end_at_once, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
-from mechanisms.quiet import import_gptqmodel  # imported before torch: it sets what that reads
 
 if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
     with user_errors_end_the_program():
@@ -42,14 +42,18 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging
 
-from finetune import IGNORED, ConversationEncoder, load_tokenizer, read_files, to_conversations
-from mechanisms.checks import check_disk, first_line, load_config, not_empty
 from mechanisms.console import counted, say, table
-from mechanisms.loading import LOADING_ERRORS, end_at_turns, load_weights
+from mechanisms.data.datasets import read_files, to_conversations
+from mechanisms.data.encoder import IGNORED, ConversationEncoder
+from mechanisms.data.records import Problems, find_files
+from mechanisms.data.shapes import BadRecord
+from mechanisms.errors import first_line
+from mechanisms.gptq import import_gptqmodel
+from mechanisms.loading import LOADING_ERRORS, load_config, load_weights
+from mechanisms.paths import check_disk, not_empty
 from mechanisms.qwen1 import source_name, standard_folder
-from mechanisms.record_shapes import BadRecord
-from mechanisms.records import Problems, find_files
 from mechanisms.serving import serving_hints
+from mechanisms.tokenizer import end_at_turns, load_tokenizer
 
 SEED = 42  # of the draw of the calibration records
 HELD_BACK = 0.1, 64  # share of the records that perplexity is measured on, and how many at most

@@ -26,12 +26,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 import finetune
 from finetune import IGNORED, EndToEnd
-from mechanisms.data_report import DataReport
+from mechanisms.data.datasets import read_files, to_conversations, tokenize
+from mechanisms.data.packing import best_fit_decreasing
+from mechanisms.data.records import Problems, find_files
+from mechanisms.data.report import DataReport
+from mechanisms.data.token_cache import TokenCache
 from mechanisms.flags import prepare_command_line
 from mechanisms.head_loss import HeadLoss, SummedCrossEntropy
-from mechanisms.packing import best_fit_decreasing
-from mechanisms.records import Problems, find_files
-from mechanisms.token_cache import TokenCache
 from mechanisms.trainer import SafeTrainer
 
 # The first two are small enough for a laptop: in the one nearly all work is the output layer's, in the other the
@@ -100,7 +101,7 @@ def version(package):
 
 def tokenized(job, tokenizer):
     """The TokenizedSamples of all the data, by finetune.py: its labels are everybody's."""
-    return finetune.tokenize(find_files(job["data"], Problems()),
+    return tokenize(find_files(job["data"], Problems()),
                              finetune.ConversationEncoder(tokenizer, job["width"]), DataReport())
 
 
@@ -396,8 +397,8 @@ def model_flops(model, samples):
 
 def preprocessing_speed(job, trainer):
     """Records per second from the data to input_ids and labels, as this contestant does it."""
-    conversations = [{"messages": conversation.messages} for _, conversation in finetune.to_conversations(
-        finetune.read_files(find_files(job["data"], Problems()), Problems()), Problems(), DataReport().notices)]
+    conversations = [{"messages": conversation.messages} for _, conversation in to_conversations(
+        read_files(find_files(job["data"], Problems()), Problems()), Problems(), DataReport().notices)]
     tokenizer = finetune.load_tokenizer(job["model_path"])
     start = time.time()
     if job["contestant"].startswith("F"):

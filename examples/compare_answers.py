@@ -27,10 +27,10 @@ from rich.text import Text
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from chat import load
-from finetune import read_files, to_conversations
+from mechanisms.data.datasets import read_files, to_conversations
+from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import UserError, user_errors_end_the_program
-from mechanisms.records import Problems, find_files
+from mechanisms.loading import load
 
 NEEDED = 0.9  # share of word-for-word answers that counts as learned
 

@@ -5,8 +5,6 @@ import sys
 import time
 
 from tqdm import tqdm
-from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
 
 def say(*lines):
@@ -47,46 +45,3 @@ def show_trained(tokenizer, input_ids, labels, limit=2000):
             pieces.append(f"{green}[[{text}]]{plain}" if trained[start] else text)
             start = end
     return "".join(pieces)
-
-
-def _duration(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _line(logs, state):
-    """A log entry of Trainer as one line."""
-    parts = [f"step {state.global_step}/{state.max_steps}"]
-    if "epoch" in logs:
-        parts.append(f"epoch {logs['epoch']:.2f}")
-    for key, name, form in (("loss", "loss", ".4f"), ("eval_loss", "eval_loss", ".4f"),
-                            ("grad_norm", "grad_norm", ".4g"), ("learning_rate", "lr", ".3g"),
-                            ("train_tokens_per_second", "tokens/s", ",.0f")):
-        if key in logs:
-            parts.append(f"{name} {logs[key]:{form}}")
-    return "  ".join(parts)
-
-
-class ProgressBar(ProgressCallback):
-    """Trainer's own bar, with one readable line per log entry above it."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and ("loss" in logs or "eval_loss" in logs):
-            self.training_bar.write(_line(logs, state))
-
-
-class ProgressLines(TrainerCallback):
-    """One line per log entry with the time left, for output that goes to a file."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.first_step = time.time(), state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
-            line = _line(logs, state)
-            done = state.global_step - self.first_step
-            if done:
-                left = (time.time() - self.start) / done * (state.max_steps - state.global_step)
-                line += f"  left {_duration(left)}"
-            print(line, flush=True)

@@ -12,6 +12,10 @@ class UserError(Exception):
     """Something the user can put right. The message says what is wrong, where, and what to do."""
 
 
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
 def first_to_fail(message):
     """Whether this is the first process of this machine to fail; under torchrun, leave the message for its last line.
 

@@ -30,22 +30,15 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mechanisms.checks import could_be_on_the_hub, first_line
 from mechanisms.console import counted, say
-from mechanisms.errors import UserError
+from mechanisms.errors import UserError, first_line
+from mechanisms.paths import could_be_on_the_hub
+from mechanisms.tokenizer import QWEN_CHATML
 
 VERSION = 1  # of what is written: another one is another folder
 SHARD_SIZE = 500_000_000  # bytes
 PREFIX = "qwen1-"  # of the folder around what is written
 
-QWEN_CHATML = (
-    "{% for message in messages %}"
-    "{% if loop.first and message.role != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
 
 # Qwen-1's modules and Qwen2's. Where several stand on the right, the left one is these stacked on the output axis.

@@ -4,10 +4,29 @@ import glob
 import os
 import socket
 
+import torch
 from torch.utils.cpp_extension import get_default_build_root
 from transformers.utils import is_liger_kernel_available
 
 from mechanisms.errors import UserError
+
+
+def choose_precision(bf16, fp16, use_cpu):
+    """(bf16, fp16) as asked for, or the best that the hardware has where neither was said.
+
+    Raises UserError where the hardware lacks what was asked for.
+    """
+    cuda = torch.cuda.is_available() and not use_cpu
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else True
+    if bf16 and fp16:
+        raise UserError("--bf16 and --fp16 exclude each other: give one")
+    if fp16 and not cuda:
+        raise UserError("--fp16 needs a GPU and this run has none: leave it out (fp32), or give --bf16")
+    if bf16 and not has_bf16:
+        raise UserError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16: leave it out (fp16 is then chosen)")
+    if bf16 is None and fp16 is None:
+        return cuda and has_bf16, cuda and not has_bf16
+    return bool(bf16), bool(fp16)
 
 
 def deepspeed_config(value):

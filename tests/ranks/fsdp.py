@@ -1,13 +1,13 @@
 """Run by torchrun: the loss and gradients of a model under FSDP, of each version, beside those of the whole model.
 
-    torchrun --nproc_per_node 2 tests/fsdp.py MODEL results.json
+    torchrun --nproc_per_node 2 tests/ranks/fsdp.py MODEL results.json
 """
 
 import json
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
 
@@ -22,7 +22,7 @@ from bench.worker import padded
 from finetune import EndToEnd
 from mechanisms.attention import WITHIN_SAMPLES
 from mechanisms.head_loss import HeadLoss
-from tests.test_batches import make_samples
+from tests.unit.test_batches import make_samples
 
 
 def load(attention):

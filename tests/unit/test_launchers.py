@@ -15,7 +15,7 @@ import finetune
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(finetune.__file__).parent
 TORCHRUN_PAGES = ("finetune.sh", "finetune_ds.sh", "finetune_lora_ds.sh", "finetune_qlora_ds.sh")
 SINGLE_PAGES = ("finetune_lora_single_gpu.sh", "finetune_qlora_single_gpu.sh")
 PAGES = TORCHRUN_PAGES + SINGLE_PAGES

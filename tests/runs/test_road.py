@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_chat import Terminal
+
+from tests.runs.test_chat import Terminal
 
 ROOT = Path(__file__).parent.parent
 LEARNED = {"Who are you?": "I am Tilo, and I was made for this test.", "你是谁？": "我是蒂洛，为这个测试而生。",

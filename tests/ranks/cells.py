@@ -1,6 +1,6 @@
 """Run by torchrun: several fine-tunings one after the other in the same processes, so that the imports are paid once.
 
-    torchrun --nproc_per_node 2 tests/ranks.py cells.json results.json
+    torchrun --nproc_per_node 2 tests/ranks/cells.py cells.json results.json
 
 cells.json: {name: {"argv": arguments of finetune.py, "remove": folders to delete first}}. results.json, written
 by rank 0: {name: {"log": Trainer's log history} or {"error": message}}.
@@ -15,7 +15,7 @@ import traceback
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import finetune  # noqa: E402
 from mechanisms.errors import UserError  # noqa: E402

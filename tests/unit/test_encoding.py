@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune import IGNORED, ConversationEncoder, load_tokenizer
+from mechanisms.data.records import Problems, find_files, read_records
+from mechanisms.data.shapes import BadRecord, to_conversation
 from mechanisms.errors import UserError
-from mechanisms.record_shapes import BadRecord, to_conversation
-from mechanisms.records import Problems, find_files, read_records
 from tests.conftest import REAL_TOKENIZERS
 
 REAL_FILES = {"conversations": ["conversations/xiaozhi_chat.json", "conversations/qwenlm_test_sampled_qwen.json"],

@@ -30,7 +30,7 @@ from examples.make_tiny_model import EXAMPLES, example_texts, make_tokenizer, st
 from mechanisms import qwen1
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
-from tests.test_strategies import torchrun
+from tests.ranks.test_strategies import torchrun
 
 LAYERS, WIDTH = 2, 64
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -504,7 +504,7 @@ def test_two_ranks(original, tmp_path):
         "--model_max_length", 128, "--deepspeed", f"ds_config_{stage}.json", "--lora_dropout", 0, *LORA)]}
         for stage in ("zero2", "zero3")}
     (tmp_path / "cells.json").write_text(json.dumps(cells))
-    run = torchrun(["tests/ranks.py", tmp_path / "cells.json", tmp_path / "results.json"])
+    run = torchrun(["tests/ranks/cells.py", tmp_path / "cells.json", tmp_path / "results.json"])
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("is a Qwen-1 model. It is written once") == 1
     results = json.loads((tmp_path / "results.json").read_text())

@@ -13,11 +13,13 @@ import psutil
 import pytest
 
 import finetune
-from mechanisms.cores import on_all_cores
-from mechanisms.data_report import DataReport
+from mechanisms.data import datasets
+from mechanisms.data.cores import on_all_cores
+from mechanisms.data.datasets import read_files, to_conversations, tokenize
+from mechanisms.data.records import Problems
+from mechanisms.data.report import DataReport
+from mechanisms.data.token_cache import TokenCache
 from mechanisms.errors import UserError
-from mechanisms.records import Problems
-from mechanisms.token_cache import TokenCache
 
 ROOT = Path(finetune.__file__).parent
 HALF = r'{"instruction": "?", "output": "\ud83d"}'  # of an emoji
@@ -50,7 +52,7 @@ def test_errors_come_through():
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stop_leaves_no_process_behind(stop):
-    code = ("import time\nfrom mechanisms.cores import on_all_cores\nfrom mechanisms.errors import *\n"
+    code = ("import time\nfrom mechanisms.data.cores import on_all_cores\nfrom mechanisms.errors import *\n"
             "with user_errors_end_the_program():\n"
             "    for item in on_all_cores(lambda item: time.sleep(0.1), range(10000)): print(item, flush=True)")
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -67,7 +69,7 @@ def test_a_stop_leaves_no_process_behind(stop):
 
 @pytest.mark.parametrize("much_text", [0, 1 << 40])
 def test_samples_and_problems_of_many_records(make_model, tmp_path, monkeypatch, much_text):
-    monkeypatch.setattr(finetune, "MUCH_TEXT", much_text)
+    monkeypatch.setattr(datasets, "MUCH_TEXT", much_text)
     encoder = finetune.ConversationEncoder(finetune.load_tokenizer(str(make_model())), 64)
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     for path in files:
@@ -77,7 +79,7 @@ def test_samples_and_problems_of_many_records(make_model, tmp_path, monkeypatch,
                 line = json.dumps(record | {"extra": 1} if number % 7 == 0 else record)
                 file.write({100: "{", 701: '{"instruction": ""}', 1100: "[1]", 1101: HALF}.get(number, line) + "\n")
     report = DataReport()
-    TokenCache.write(str(tmp_path / "cache"), finetune.tokenize(files, encoder, report), report.to_json)
+    TokenCache.write(str(tmp_path / "cache"), tokenize(files, encoder, report), report.to_json)
     cache = TokenCache(str(tmp_path / "cache"))
     found = [(cache[index]["input_ids"].tolist(), cache[index]["labels"].tolist(), digest)
              for index, digest in enumerate(cache.digests)]
@@ -86,7 +88,7 @@ def test_samples_and_problems_of_many_records(make_model, tmp_path, monkeypatch,
 
     encoder = finetune.ConversationEncoder(finetune.load_tokenizer(str(make_model())), 64)
     problems, notices, expected = Problems(), collections.Counter(), []
-    for _, conversation in finetune.to_conversations(finetune.read_files(files, problems), problems, notices):
+    for _, conversation in to_conversations(read_files(files, problems), problems, notices):
         sample = encoder(conversation)
         expected.append((sample.input_ids, sample.labels, conversation.digest))
     assert found == expected and len(found) == 2392

@@ -14,10 +14,10 @@ from examples.make_tiny_model import EXAMPLES
 from finetune import IGNORED, EndToEnd
 from mechanisms import head_loss, memory
 from mechanisms.attention import WITHIN_SAMPLES
+from mechanisms.data.packing import best_fit_decreasing
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 from mechanisms.head_loss import HeadLoss
-from mechanisms.packing import best_fit_decreasing
 
 VOCABULARY = 500
 

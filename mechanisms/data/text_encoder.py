@@ -19,8 +19,8 @@ PLAIN_BPE = {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback":
              "continuing_subword_prefix": "", "end_of_word_suffix": ""}
 FLAGS = "lstrip", "rstrip", "single_word", "normalized"  # of an added token: it is not found just where it is written
 # A text with any other character is left to the Rust tokenizer. These are what NFC leaves as they are, next to any of
-# each other too, and what both regex engines take for the same kind of character (tests/test_text_encoder.py looks at
-# each): Latin, Cyrillic, Chinese, Japanese, Korean, punctuation, symbols, arrows, box drawing and emoji.
+# each other too, and what both regex engines take for the same kind of character (tests/unit/test_text_encoder.py looks
+# at each): Latin, Cyrillic, Chinese, Japanese, Korean, punctuation, symbols, arrows, box drawing and emoji.
 OTHER = re.compile("[^\0-\u02ff\u0400-\u0482\u048a-\u052f\u200b-\u2027\u2030-\u205e\u20a0-\u20bf\u2100-\u2125"
                    "\u2190-\u2328\u232b-\u2adb\u3000-\u3029\u3030-\u3098\u309b-\u9fff\uac00-\ud7a3\ufe0f\uff00-\uffef"
                    "\U0001f300-\U0001faff]")

@@ -49,8 +49,8 @@ def cell_argv(strategy, method, model, out, cache_dir):
 
 
 class Matrix(dict):
-    """{strategy: {cell: what tests/ranks.py reports}}, each strategy run when it is first asked for, its ranks started
-    once for all of its cells."""
+    """{strategy: {cell: what tests/ranks/cells.py reports}}, each strategy run when it is first asked for, its ranks
+    started once for all of its cells."""
 
     def __init__(self, models, cache_dir, folder):
         super().__init__()
@@ -67,7 +67,7 @@ class Matrix(dict):
             last = Path(cells[name]["out"]) / f"checkpoint-{STEPS}"
             cells[name + ", resumed"] = {**cells[name], "remove": [str(last)]}
         (self.folder / "cells.json").write_text(json.dumps(cells))
-        run = torchrun(["tests/ranks.py", self.folder / "cells.json", self.folder / "results.json"],
+        run = torchrun(["tests/ranks/cells.py", self.folder / "cells.json", self.folder / "results.json"],
                        ranks=1 if strategy == "one process" else 2, timeout=1200)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         self[strategy] = json.loads((self.folder / "results.json").read_text())
@@ -230,7 +230,7 @@ def test_a_lock_that_a_killed_compilation_left_is_pointed_at(monkeypatch, tmp_pa
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_under_fsdp_is_that_of_the_whole_model(make_model, tmp_path, tied):
     """--fsdp needs a GPU; its wrapping does not."""
-    run = torchrun(["tests/fsdp.py", make_model(tie_word_embeddings=tied), tmp_path / "results.json"])
+    run = torchrun(["tests/ranks/fsdp.py", make_model(tie_word_embeddings=tied), tmp_path / "results.json"])
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results.keys() == {"1", "2"}

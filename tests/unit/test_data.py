@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from mechanisms.data.records import Problems, find_files, read_records
+from mechanisms.data.shapes import BadRecord, to_conversation
 from mechanisms.errors import UserError
-from mechanisms.record_shapes import BadRecord, to_conversation
-from mechanisms.records import Problems, find_files, read_records
 
 MESSAGES = {"messages": [{"role": "user", "content": "안녕"}, {"role": "assistant", "content": "하세요"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "您好"}], "id": "7"}

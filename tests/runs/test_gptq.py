@@ -185,7 +185,7 @@ def test_two_ranks_train_to_the_numbers_of_one(train, quantized, cache_dir, tmp_
     cells = {name: {"argv": [str(word) for word in (*common, "--output_dir", tmp_path / name, *more)]}
              for name, more in (("DDP", []), ("ZeRO-2", ["--deepspeed", "ds_config_zero2.json"]))}
     (tmp_path / "cells.json").write_text(json.dumps(cells))
-    run = subprocess.run([sys.executable, "mechanisms/torchrun.py", "--nproc_per_node", "2", "tests/ranks.py",
+    run = subprocess.run([sys.executable, "mechanisms/torchrun.py", "--nproc_per_node", "2", "tests/ranks/cells.py",
                           str(tmp_path / "cells.json"), str(tmp_path / "results.json")],
                          capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -3,7 +3,7 @@
 import collections
 
 from mechanisms.console import table
-from mechanisms.records import Problems
+from mechanisms.data.records import Problems
 
 
 class DataReport:

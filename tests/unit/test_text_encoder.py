@@ -6,13 +6,13 @@ import unicodedata
 
 import pytest
 import tiktoken
-from conftest import REAL_TOKENIZERS
 from tokenizers import Regex, Tokenizer
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import Split
 
 from finetune import load_tokenizer
-from mechanisms.text_encoder import OTHER, WORDS, TextEncoder
+from mechanisms.data.text_encoder import OTHER, WORDS, TextEncoder
+from tests.conftest import REAL_TOKENIZERS
 
 SURE = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000 and not OTHER.match(chr(point))]
 

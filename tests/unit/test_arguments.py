@@ -14,9 +14,9 @@ import finetune
 from examples.make_tiny_model import EXAMPLES
 from finetune import LoraArguments, parse_arguments
 from mechanisms import strategies
-from mechanisms.checks import check_model
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
+from mechanisms.loading import check_model
 
 ROOT = Path(finetune.__file__).parent
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
