@@ -11,7 +11,7 @@ import pytest
 
 from tests.runs.test_chat import Terminal
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LEARNED = {"Who are you?": "I am Tilo, and I was made for this test.", "你是谁？": "我是蒂洛，为这个测试而生。",
            "Who made you?": "People who count every token.", "What is 6 times 7?": "42, as everybody knows."}
 LEARNED_LATER = {"Where do you live?": "In two layers, next to the embeddings."}
