@@ -9,34 +9,13 @@ base model it names, or on --base_model; one trained on 4-bit weights (Q-LoRA, N
 """
 
 import sys
-
-import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
-from mechanisms.errors import UserError, user_errors_end_the_program
-from mechanisms.flags import parse_into, prepare_command_line
-
-if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
-    with user_errors_end_the_program():
-        COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
-
-import contextlib
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from transformers import TextStreamer
-from transformers.utils import logging
-
-from mechanisms.data.template import rendered_parts, split_thinking
-from mechanisms.loading import find_base, load
-
-MAX_NEW_TOKENS = 2048  # where neither a flag nor the generation config sets a limit
-HELP = '''\
-  /reset         forget the conversation
-  /system TEXT   start over with this system message (without TEXT: the template's own)
-  /exit          end, as Ctrl-D does
-  Ctrl-C         stop the answer
-  """            begin and end a message of several lines; pasted text needs none'''
+from mechanisms.errors import UserError, user_errors_end_the_program
+from mechanisms.flags import parse_into, prepare_command_line
+from mechanisms.paths import find_base
+from mechanisms.quiet import silence
 
 
 @dataclass
@@ -61,7 +40,10 @@ class SamplingArguments:
 
 
 def parse_arguments(argv):
-    """argv -> (path, chat arguments, {sampling flag: value} of the given ones). Raises UserError."""
+    """argv -> (path, chat arguments, {sampling flag: value} of the given ones).
+
+    Raises UserError with everything that is wrong with them, a folder that is not there included.
+    """
     chat_args, sampling_args, words = parse_into((ChatArguments, SamplingArguments), argv)
     given = {name: value for name, value in vars(sampling_args).items() if value is not None}
     problems = [] if len(words) == 1 else [f"one model or adapter to talk to, not {len(words)} {words or ''}".rstrip()]
@@ -78,10 +60,36 @@ def parse_arguments(argv):
         problems.append(f"{' '.join(drawing)}: no effect with --do_sample False")
     if problems:
         raise UserError("\n       ".join(problems))
+    find_base(words[0], chat_args.base_model)
     return words[0], chat_args, given
 
 
-class Answer(TextStreamer):
+if __name__ == "__main__":  # wrong flags and folders are worth knowing before torch is imported
+    with user_errors_end_the_program():
+        silence()
+        COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
+        parse_arguments(COMMAND_LINE)
+
+import contextlib
+import re
+
+import torch
+from transformers import TextStreamer
+from transformers.utils import logging
+
+from mechanisms.data.template import rendered_parts, split_thinking
+from mechanisms.loading import load_to_answer
+
+MAX_NEW_TOKENS = 2048  # where neither a flag nor the generation config sets a limit
+HELP = '''\
+  /reset         forget the conversation
+  /system TEXT   start over with this system message (without TEXT: the template's own)
+  /exit          end, as Ctrl-D does
+  Ctrl-C         stop the answer
+  """            begin and end a message of several lines; pasted text needs none'''
+
+
+class AnswerStreamer(TextStreamer):
     """Prints an answer while it is made; `text` is what was printed."""
 
     text = ""
@@ -91,7 +99,7 @@ class Answer(TextStreamer):
         super().on_finalized_text(text, stream_end)
 
 
-class Conversation:
+class ChatSession:
     """What was said so far; `ask` prints the next answer and remembers it."""
 
     def __init__(self, model, tokenizer, sampling, system=None):
@@ -127,7 +135,7 @@ class Conversation:
         if length >= limit:
             raise UserError(f"the conversation has {length} tokens and the model holds {limit}: it must be shorter")
         longest = min(self.longest, limit - length)
-        answer = Answer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        answer = AnswerStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             ids = self.model.generate(**prompt, max_new_tokens=longest, streamer=answer)[0, length:]
             if len(ids) == longest and ids[-1] not in self.model.generation_config.eos_token_id:
@@ -153,7 +161,7 @@ def read_message():
     return text
 
 
-def converse(conversation):
+def converse(session):
     """Read messages and commands from the terminal until /exit or Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing, history, and pasted text as one message)
@@ -166,14 +174,14 @@ def converse(conversation):
             elif command == "/help":
                 print(HELP)
             elif command == "/reset":
-                conversation.start(conversation.system)
+                session.start(session.system)
             elif command == "/system":
-                conversation.start(rest.strip() or None)
+                session.start(rest.strip() or None)
             elif re.fullmatch(r"/[a-z]+", command):
                 print(f"no such command: {command} (/help lists them)")
             elif text:
                 with contextlib.suppress(KeyboardInterrupt):  # ends the answer only
-                    conversation.ask(text)
+                    session.ask(text)
         except EOFError:
             print()
             return
@@ -186,7 +194,6 @@ def converse(conversation):
 def main(argv):
     with user_errors_end_the_program():
         path, args, sampling = parse_arguments(argv)
-        find_base(path, args.base_model)  # a wrong path is worth knowing before a message is typed
         interactive = args.message is None and sys.stdin.isatty()
         message = args.message
         if not interactive and message is None:
@@ -197,14 +204,14 @@ def main(argv):
             logging.disable_progress_bar()
         gpu = torch.accelerator.is_available()
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-            model, tokenizer = load(path, args.base_model, args.dtype or ("auto" if gpu else "float32"),
+            model, tokenizer = load_to_answer(path, args.base_model, args.dtype or ("auto" if gpu else "float32"),
                                     "auto" if gpu else None)
-        conversation = Conversation(model, tokenizer, sampling, args.system)
+        session = ChatSession(model, tokenizer, sampling, args.system)
         if interactive:
             print(f"{path} is listening. /help lists the commands, Ctrl-D ends.")
-            converse(conversation)
+            converse(session)
         else:
-            conversation.ask(message)
+            session.ask(message)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ The same command given again goes on from the newest complete checkpoint.
 
 import sys
 
-import mechanisms.quiet  # noqa: F401  (before torch: it sets what that reads)
 from mechanisms.errors import UserError, user_errors_end_the_program
-from mechanisms.flags import prepare_command_line
+from mechanisms.flags import parse_into, prepare_command_line
+from mechanisms.quiet import silence
 
 if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
     with user_errors_end_the_program():
+        silence()
         COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 from dataclasses import dataclass, field
@@ -33,19 +33,18 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
 
-from mechanisms import checkpoints, console, strategies, summary
+from mechanisms import checkpoints, console, facts, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.console import say
-from mechanisms.data.datasets import PackedRows, load_dataset, sample_lengths, split
+from mechanisms.data.datasets import PackedRows, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import first_line
 from mechanisms.gptq import gptqmodel_hidden
-from mechanisms.loading import check_model, load_config, load_weights
+from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, peft_name
 from mechanisms.memory import checkpointing_needed
-from mechanisms.qwen1 import standard_folder
+from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision
 from mechanisms.tokenizer import is_base_model, load_tokenizer
 from mechanisms.trainer import SafeTrainer
@@ -147,15 +146,16 @@ class LoraArguments:
 
 
 def parse_arguments(argv):
-    """argv -> (model, data, training, lora) arguments. Raises UserError with every combination that cannot work."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments), allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
+    """argv, as `prepare_command_line` returns it -> (model, data, training, lora) arguments.
+
+    Raises UserError with every combination that cannot work.
+    """
     try:
-        model_args, data_args, training_args, lora_args, stray = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False)
+        model_args, data_args, training_args, lora_args, stray = parse_into(
+            (ModelArguments, DataArguments, TrainingArguments, LoraArguments), argv)
     except (ValueError, ImportError) as error:  # TrainingArguments' own checks
         raise UserError(str(error)) from error
-    problems = [f"{word!r} belongs to no flag" for word in stray]
+    problems = [f"unexpected argument {word!r}" for word in stray]
     if lora_args.q_lora:
         training_args.use_lora = True
     if not data_args.data_path:
@@ -183,11 +183,32 @@ def parse_arguments(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Datasets and batches
+# Data: JSON record -> conversation -> input_ids and labels -> batch
+#
+# The way of one record, each step in mechanisms/data:
+#   records.read_records     file -> (place, record)
+#   shapes.to_conversation   record of any shape -> Conversation (messages, tools, which answers are trained)
+#   encoder.ConversationEncoder
+#                            Conversation -> Sample (input_ids and labels), by the model's own chat template
+#   token_cache.TokenCache   samples on disk, tokenized once
+#   PaddingFreeCollator      samples -> one batch (below)
 # ---------------------------------------------------------------------------------------------------------------------
 
+def prepare(argv):
+    """The data as `train(argv)` would train on it: (tokenizer, train dataset, eval dataset or None, reports).
+
+    For notebooks and inspection. No weights are loaded (those of a Qwen-1 model are converted on disk first). Items of
+    the datasets are dicts with "input_ids" (int32) and "labels" (int64, IGNORED where nothing is trained), both of
+    shape (tokens,); reports are {"train": DataReport, "eval": DataReport} of the files read. Raises UserError.
+    """
+    argv = [*prepare_command_line(__file__, argv), "--deepspeed", "none"]  # which would look for other processes
+    model_args, data_args, training_args, lora_args = parse_arguments(argv)
+    _, tokenizer = read_model_folder(model_args, training_args, lora_args)
+    return tokenizer, *prepare_datasets(data_args, training_args, tokenizer)
+
+
 def prepare_datasets(data_args, training_args, tokenizer):
-    """-> (train, eval or None). Prints the first sample and what became of all records.
+    """-> (train, eval or None, {"train": DataReport, ...}). Prints the first sample and what became of all records.
 
     Raises UserError with every problem of all files if there are more than --skip_bad_rows.
     """
@@ -196,7 +217,8 @@ def prepare_datasets(data_args, training_args, tokenizer):
     for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
         files = find_files(paths or [], problems)
         if files:
-            datasets[name], reports[name] = load_dataset(files, encoder, data_args, training_args)
+            datasets[name], reports[name] = load_dataset(
+                files, encoder, training_args.cache_dir, data_args.lazy_preprocess, training_args.main_process_first)
             problems.extend(reports[name].problems)
     problems.stop_or_skip(data_args.skip_bad_rows)
     train, evaluation = datasets["train"], datasets.get("eval")
@@ -216,18 +238,18 @@ def prepare_datasets(data_args, training_args, tokenizer):
     first = train[0]
     say("First sample, what is trained between [[ and ]]:",
         console.show_trained(tokenizer, first["input_ids"].tolist(), first["labels"].tolist()), "")
-    return train, evaluation
+    return train, evaluation, reports
+
 
 def longest_row(dataset, training_args):
-    """Tokens of the longest row that `EndToEnd` can make of a batch."""
-    samples = training_args.per_device_train_batch_size
-    lengths = None if isinstance(dataset, PackedRows) else sample_lengths(dataset)
-    if lengths is None:
-        return samples * training_args.model_max_length
-    return int(np.sort(lengths)[-samples:].sum())
+    """Tokens of the longest row that `PaddingFreeCollator` can make of a batch."""
+    items = training_args.per_device_train_batch_size
+    if dataset.lengths is None:
+        return items * training_args.model_max_length
+    return int(np.sort(dataset.lengths)[-items:].sum())
 
 
-class EndToEnd:
+class PaddingFreeCollator:
     """Samples, or rows of them, -> one row of all their tokens, end to end, nothing padded.
 
     Returns a dict, T being the tokens of all samples and n those of them that are to be predicted:
@@ -299,6 +321,18 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
     return model
 
 
+def read_model_folder(model_args, training_args, lora_args):
+    """(config, tokenizer) of the model, which is checked: UserError if it cannot be trained with these arguments.
+
+    Changes the arguments to what the model has: its path if it is a Qwen-1 model, see also `fit_arguments`.
+    """
+    model_args.model_name_or_path = convert_if_qwen1(model_args.model_name_or_path, training_args.cache_dir)
+    config = load_config(model_args.model_name_or_path, training_args.cache_dir)
+    fit_arguments(config, training_args, lora_args)
+    check_trainable(config, training_args, lora_args)
+    return config, load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
+
+
 def add_adapter(model, tokenizer, model_args, training_args, lora_args):
     """Wrap the model for LoRA: frozen but for the adapters and, on a base model, the embedding and output layers."""
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -319,9 +353,8 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
         tied = model.config.tie_word_embeddings
         tokens = sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
         model = get_peft_model(model, LoraConfig(
-            task_type="CAUSAL_LM", r=lora_args.lora_r, lora_alpha=lora_args.lora_alpha,
-            lora_dropout=lora_args.lora_dropout,
-            target_modules=lora_args.lora_target_modules, bias=lora_args.lora_bias,
+            task_type="CAUSAL_LM",
+            **{name: value for flag, value in vars(lora_args).items() if (name := peft_name(flag))},
             modules_to_save=(names[:1] if tied else names) if embeddings == "full" else None,
             trainable_token_indices={name: tokens for name in (names[:1] if tied else names)}
             if embeddings == "chatml" else None,
@@ -341,20 +374,11 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
 # Train
 # ---------------------------------------------------------------------------------------------------------------------
 
-def run_facts(data_args, training_args, lora_args, dataset):
-    """What a resumed run must share with the checkpoint for its place in the data to mean the same."""
-    digests = (dataset.dataset.digests[dataset.indices] if isinstance(dataset, torch.utils.data.Subset)
-               else dataset.digests)
-    return {"data": hashlib.blake2b(np.ascontiguousarray(digests), digest_size=8).hexdigest(), "samples": len(dataset),
-            "samples per step": summary.items_per_step(training_args), "seed": training_args.seed,
-            "model_max_length": training_args.model_max_length, "packing": data_args.packing,
-            "loss_on": data_args.loss_on, "use_lora": training_args.use_lora, "q_lora": lora_args.q_lora,
-            **strategies.resume_facts(training_args)}
-
-
 def train(argv):
-    """The whole run. Returns the Trainer when it is done."""
-    model_args, data_args, training_args, lora_args = parse_arguments(argv)
+    """The whole run, from the words of its command line. Returns the Trainer when it is done. Raises UserError."""
+    argv = prepare_command_line(__file__, argv)
+    strategies.set_environment(argv)
+    arguments = model_args, data_args, training_args, lora_args = parse_arguments(argv)
     if training_args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
     checkpoint, notices = checkpoints.checkpoint_to_resume(
@@ -363,23 +387,20 @@ def train(argv):
     notices += strategies.compilation_locks() if training_args.deepspeed else []
     say(*[f"note: {notice}" for notice in notices])
     strategies.join_ranks(training_args)
-    model_args.model_name_or_path = standard_folder(model_args.model_name_or_path, training_args.cache_dir)
-    config = load_config(model_args.model_name_or_path, training_args.cache_dir)
-    check_model(config, training_args, lora_args, LoraArguments())
-    tokenizer = load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
-    train_dataset, eval_dataset = prepare_datasets(data_args, training_args, tokenizer)
-    run = run_facts(data_args, training_args, lora_args, train_dataset)
+    config, tokenizer = read_model_folder(model_args, training_args, lora_args)
+    train_dataset, eval_dataset, _ = prepare_datasets(data_args, training_args, tokenizer)
+    if data_args.packing:
+        train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
+    run = facts.run_facts(arguments, train_dataset, config, tokenizer)
     if checkpoint:
-        checkpoints.check_same_run(checkpoint, run)
-        say(f"Going on from {checkpoint}")
+        notes = checkpoints.check_same_run(checkpoint, run, facts.default_values(arguments))
+        say(*[f"note: {note}" for note in notes], f"Resuming from {checkpoint}")
 
     transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
     model = load_model(model_args, training_args, lora_args, config, tokenizer)
     if training_args.use_lora:
         with gptqmodel_hidden(not hasattr(config, "quantization_config")):
             model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
-    if data_args.packing:
-        train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
     if training_args.auto_checkpointing:
         with gptqmodel_hidden(True):
             needed, why = checkpointing_needed(model, training_args, longest_row(train_dataset, training_args))
@@ -391,8 +412,8 @@ def train(argv):
 
     trainer = SafeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        data_collator=EndToEnd(), processing_class=tokenizer, run=run,
-        card=summary.model_card(model_args, data_args, training_args, lora_args))
+        data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run,
+        card=summary.model_card(arguments, facts.settings(arguments)))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = trainer.evaluate() if eval_dataset else {}
     trainer.save_result()

@@ -11,24 +11,55 @@ merged in place and saved into merged.unfinished, and what was saved is loaded a
 Only then the folder is renamed: after a kill there is no `merged`, or a whole one.
 """
 
+import re
 import sys
+from dataclasses import dataclass, field
+from typing import Literal
 
-import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
+from mechanisms.paths import find_base, not_empty
+from mechanisms.quiet import silence
 
-if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
+
+@dataclass
+class MergeArguments:
+    adapter_path: str = field(metadata={"help": "Folder of the adapter."})
+    output_dir: str = field(metadata={"help": "Folder to make. It must not exist, or be empty."})
+    base_model: str = field(default=None, metadata={
+        "help": "The 16-bit model to merge into (default: the one named in the adapter)."})
+    max_shard_size: str = field(default="2GB", metadata={"help": "Largest weight file."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Precision of the merged weights. auto: that of the base model."})
+    ollama: bool = field(default=False, metadata={"help": "Write a Modelfile for Ollama too."})
+
+
+def parse_arguments(argv):
+    """argv -> MergeArguments. Raises UserError with everything that is wrong with them."""
+    args, words = parse_into((MergeArguments,), argv)
+    problems = [f"unexpected argument {word!r}" for word in words]
+    if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]i?B", args.max_shard_size):
+        problems.append(f"--max_shard_size {args.max_shard_size}: a number and its unit, such as 500MB or 2GB")
+    problems += not_empty("--output_dir", args.output_dir)
+    if problems:
+        raise UserError("\n       ".join(problems))
+    if find_base(args.adapter_path, args.base_model) is None:
+        raise UserError(f"--adapter_path {args.adapter_path} is a whole model: there is nothing to merge")
+    return args
+
+
+if __name__ == "__main__":  # wrong flags and folders are worth knowing before torch is imported
     with user_errors_end_the_program():
+        silence()
         COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
+        parse_arguments(COMMAND_LINE)
 
 import gc
 import hashlib
 import json
 import os
-import re
 import shutil
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -36,9 +67,9 @@ from transformers.utils import logging
 
 from mechanisms.console import say, table
 from mechanisms.errors import first_line
-from mechanisms.loading import LOADING_ERRORS, find_base, load
-from mechanisms.paths import check_disk, not_empty
-from mechanisms.qwen1 import source_name
+from mechanisms.loading import LOADING_ERRORS, load_to_answer
+from mechanisms.paths import check_disk, source_name
+from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.serving import modelfile, serving_hints
 
 QUESTIONS = (
@@ -53,18 +84,6 @@ ANSWER_LENGTH = 24  # tokens
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 NEEDED_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                 "chat_template.jinja", "README.md")
-
-
-@dataclass
-class MergeArguments:
-    adapter_path: str = field(metadata={"help": "Folder of the adapter."})
-    output_dir: str = field(metadata={"help": "Folder to make. It must not exist, or be empty."})
-    base_model: str = field(default=None, metadata={
-        "help": "The 16-bit model to merge into (default: the one named in the adapter)."})
-    max_shard_size: str = field(default="2GB", metadata={"help": "Largest weight file."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Precision of the merged weights. auto: that of the base model."})
-    ollama: bool = field(default=False, metadata={"help": "Write a Modelfile for Ollama too."})
 
 
 class Answer(NamedTuple):
@@ -95,26 +114,9 @@ class Reference(NamedTuple):
 # Before: everything that can be refused without loading a weight
 # ---------------------------------------------------------------------------------------------------------------------
 
-def parse_arguments(argv):
-    """argv -> MergeArguments. Raises UserError with everything that is wrong with them."""
-    args, words = parse_into((MergeArguments,), argv)
-    problems = [f"{word!r} belongs to no flag" for word in words]
-    if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]i?B", args.max_shard_size):
-        problems.append(f"--max_shard_size {args.max_shard_size}: a number and its unit, such as 500MB or 2GB")
-    problems += not_empty("--output_dir", args.output_dir)
-    if problems:
-        raise UserError("\n       ".join(problems))
-    return args
-
-
 def find_full_base(args):
-    """The path of a base model that the adapter can be merged into.
-
-    Raises UserError: no adapter, no base model, or one with quantized weights.
-    """
-    base = find_base(args.adapter_path, args.base_model)
-    if base is None:
-        raise UserError(f"--adapter_path {args.adapter_path} is a whole model: there is nothing to merge")
+    """The path of a base model that the adapter can be merged into. Raises UserError if its weights are quantized."""
+    base = convert_if_qwen1(find_base(args.adapter_path, args.base_model))
     try:
         config = AutoConfig.from_pretrained(base)
     except LOADING_ERRORS as error:
@@ -317,7 +319,7 @@ def merge(argv):
     unfinished = folder + ".unfinished"
     clear(unfinished)
     say(f"Loading {base} and {args.adapter_path}")
-    model, tokenizer = load(args.adapter_path, args.base_model, args.dtype)
+    model, tokenizer = load_to_answer(args.adapter_path, args.base_model, args.dtype)
     generation = model.generation_config
     if args.ollama:
         modelfile(tokenizer, generation)  # what it refuses, it refuses now

@@ -12,52 +12,13 @@ kill there is no `merged-Int4`, or a whole one. A model that the rounding has br
 """
 
 import sys
+from dataclasses import dataclass, field
 
-import mechanisms.quiet  # noqa: F401  (before torch: it sets what that reads)
 from mechanisms.errors import UserError, interrupts_end_at_once, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
+from mechanisms.paths import not_empty
+from mechanisms.quiet import silence
 
-if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is imported
-    with user_errors_end_the_program():
-        COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
-
-import collections
-import contextlib
-import datetime
-import gc
-import io
-import json
-import math
-import os
-import random
-import shlex
-import shutil
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
-from transformers.utils import logging
-
-from mechanisms.console import counted, say, table
-from mechanisms.data.datasets import read_files, to_conversations
-from mechanisms.data.encoder import IGNORED, ConversationEncoder
-from mechanisms.data.records import Problems, find_files
-from mechanisms.data.shapes import BadRecord
-from mechanisms.errors import first_line
-from mechanisms.gptq import import_gptqmodel
-from mechanisms.loading import LOADING_ERRORS, load_config, load_weights
-from mechanisms.paths import check_disk, not_empty
-from mechanisms.qwen1 import source_name, standard_folder
-from mechanisms.serving import serving_hints
-from mechanisms.tokenizer import end_at_turns, load_tokenizer
-
-SEED = 42  # of the draw of the calibration records
-HELD_BACK = 0.1, 64  # share of the records that perplexity is measured on, and how many at most
-GROUP_SIZES = 16, 32, 64, 128, 256, 512, 1024  # what the kernels know, beside -1: one group for a whole row
 # By how much perplexity may grow, by bits. Sound models of 7B and more lose 1 % at 8 bits, 5 % at 4, a fifth at 3, and
 # grow sixfold at 2; the smallest ones lose several times as much. A broken model guesses: its perplexity is near the
 # size of its vocabulary, hundreds of times what it was.
@@ -80,18 +41,10 @@ class QuantizeArguments:
         "help": "Leave out up to this many unusable records; they go to rejected.jsonl."})
 
 
-class BrokenModel(Exception):
-    """The quantized model is of no use. The message says what was measured."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before: everything that can be refused without loading a weight
-# ---------------------------------------------------------------------------------------------------------------------
-
 def parse_arguments(argv):
     """argv -> QuantizeArguments. Raises UserError with everything that is wrong with them."""
     args, words = parse_into((QuantizeArguments,), argv)
-    problems = [f"{word!r} belongs to no flag" for word in words]
+    problems = [f"unexpected argument {word!r}" for word in words]
     if args.bits not in LARGEST_RATIO:
         problems.append(f"--bits {args.bits}: GPTQ has {', '.join(map(str, LARGEST_RATIO))}")
     for name in ("max_len", "max_samples"):
@@ -103,8 +56,61 @@ def parse_arguments(argv):
     return args
 
 
-def check_model(args):
-    """The config of the model. Raises UserError if it cannot be quantized, or not with this --group-size."""
+if __name__ == "__main__":  # wrong flags and folders are worth knowing before torch is imported
+    with user_errors_end_the_program():
+        silence()
+        COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
+        parse_arguments(COMMAND_LINE)
+
+import collections
+import contextlib
+import datetime
+import gc
+import io
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+from transformers.utils import logging
+
+from mechanisms.console import counted, say, table
+from mechanisms.data.datasets import read_files, to_conversations
+from mechanisms.data.encoder import IGNORED, ConversationEncoder
+from mechanisms.data.records import Problems, find_files
+from mechanisms.data.shapes import BadRecord
+from mechanisms.errors import first_line
+from mechanisms.gptq import import_gptqmodel
+from mechanisms.loading import LOADING_ERRORS, load_config, load_weights
+from mechanisms.paths import check_disk, source_name
+from mechanisms.qwen1 import convert_if_qwen1
+from mechanisms.serving import serving_hints
+from mechanisms.tokenizer import end_at_turns, load_tokenizer
+
+SEED = 42  # of the draw of the calibration records
+HELD_BACK = 0.1, 64  # share of the records that perplexity is measured on, and how many at most
+GROUP_SIZES = 16, 32, 64, 128, 256, 512, 1024  # what the kernels know, beside -1: one group for a whole row
+class BrokenModel(Exception):
+    """The quantized model is of no use. The message says what was measured."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before: everything that can be refused without loading a weight
+# ---------------------------------------------------------------------------------------------------------------------
+
+def check_quantizable(args):
+    """The config of the model; shortens args.max_len to what it holds.
+
+    Raises UserError if it cannot be quantized, or not with this --group-size.
+    """
     path = args.model_name_or_path
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         merged = os.path.normpath(path) + "-merged"
@@ -146,9 +152,9 @@ def prepare_samples(args, tokenizer, problems):
 
     Raises UserError as finetune.py does, with every problem of the data.
     """
-    encoder = ConversationEncoder(tokenizer, args.max_len)
+    encoder, notices = ConversationEncoder(tokenizer, args.max_len), collections.Counter()
     records = read_files(find_files(args.data_path, problems), problems)
-    conversations = to_conversations(records, problems, collections.Counter())
+    conversations = to_conversations(records, problems, notices)
     distinct = {}
     for place, conversation in counted(conversations, "reading", "records"):
         distinct.setdefault(conversation.digest, (place, conversation))
@@ -278,8 +284,8 @@ def run(argv):
     args = parse_arguments(argv)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    args.model_name_or_path = standard_folder(args.model_name_or_path)
-    config = check_model(args)
+    args.model_name_or_path = convert_if_qwen1(args.model_name_or_path)
+    config = check_quantizable(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     problems = Problems()
     samples, held_back = prepare_samples(args, tokenizer, problems)

@@ -24,7 +24,7 @@ def measure(length, vocabulary, device):
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from finetune import EndToEnd
+    from finetune import PaddingFreeCollator
     from mechanisms.attention import WITHIN_SAMPLES
     from mechanisms.head_loss import HeadLoss
 
@@ -35,7 +35,7 @@ def measure(length, vocabulary, device):
                                                  dtype=torch.float32, attn_implementation=WITHIN_SAMPLES)
     draw = np.random.default_rng(0)
     ids = [draw.integers(vocabulary, size=min(512, length - start)) for start in range(0, length, 512)]
-    batch = EndToEnd()([{"input_ids": sample, "labels": sample} for sample in ids])
+    batch = PaddingFreeCollator()([{"input_ids": sample, "labels": sample} for sample in ids])
     batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
     with HeadLoss(model).computing(batch["shift_labels"]):
         model(**batch).loss.backward()

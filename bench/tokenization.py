@@ -42,7 +42,7 @@ def start(data, tokenizer_path, cache_dir):
     tokenizer = finetune.load_tokenizer(tokenizer_path)
     began = time.time()
     with contextlib.redirect_stdout(io.StringIO()):
-        dataset, _ = finetune.prepare_datasets(data_args, training_args, tokenizer)
+        dataset, *_ = finetune.prepare_datasets(data_args, training_args, tokenizer)
     return (len(dataset), time.time() - began, worker.peak_bytes("cpu"),
             1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 

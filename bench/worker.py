@@ -15,7 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python looks for modules in the script's folder only
 
-import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
+from mechanisms.quiet import silence
+
+if __name__ == "__main__":  # before torch: some of it is read when that is imported
+    silence()
 
 # isort: split
 import numpy as np
@@ -25,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 import finetune
-from finetune import IGNORED, EndToEnd
+from finetune import IGNORED, PaddingFreeCollator
 from mechanisms.data.datasets import read_files, to_conversations, tokenize
 from mechanisms.data.packing import best_fit_decreasing
 from mechanisms.data.records import Problems, find_files
@@ -272,7 +275,7 @@ def ours(job, packed=False, collator=None, attention=None, logits=False):
         model.set_attn_implementation(attention)
     trainer = in_fixed_steps(SafeTrainer)(
         model=model, args=training_args, train_dataset=rows if packed else [row[0] for row in rows],
-        data_collator=collator or EndToEnd(), processing_class=tokenizer, run={}, card="")
+        data_collator=collator or PaddingFreeCollator(), processing_class=tokenizer, run={}, card="")
     trainer.forwards = forwards
     if logits:
         trainer.head_loss = None
@@ -298,8 +301,8 @@ class HeadLossOfPadded(HeadLoss):
 
 
 def without_targets(samples):
-    """`EndToEnd` without what tells the stock model at which positions logits are wanted."""
-    batch = EndToEnd()(samples)
+    """`PaddingFreeCollator` without what tells the stock model at which positions logits are wanted."""
+    batch = PaddingFreeCollator()(samples)
     del batch["logits_to_keep"], batch["shift_labels"]
     return batch
 

@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python looks for modules in the script's folder only
 
-import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
+from mechanisms.quiet import silence
+
+if __name__ == "__main__":  # before torch: some of it is read when that is imported
+    silence()
 
 # isort: split
 import torch
@@ -30,7 +33,7 @@ from transformers.utils import logging
 from mechanisms.data.datasets import read_files, to_conversations
 from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import UserError, user_errors_end_the_program
-from mechanisms.loading import load
+from mechanisms.loading import load_to_answer
 
 NEEDED = 0.9  # share of word-for-word answers that counts as learned
 
@@ -75,7 +78,7 @@ def trained_text(tokenizer, turn):
 @torch.inference_mode()
 def ask(folder, turns):
     """The greedy answers (list of str) of the checkpoint or adapter in `folder`, all in one batch."""
-    model, tokenizer = load(folder)
+    model, tokenizer = load_to_answer(folder)
     tokenizer.padding_side = "left"
     texts = [trained_text(tokenizer, turn) for turn in turns]
     batch = tokenizer([prompt for prompt, _ in texts], padding=True, return_tensors="pt")

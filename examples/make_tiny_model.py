@@ -15,7 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python looks for modules in the script's folder only
 
-import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
+from mechanisms.quiet import silence
+
+if __name__ == "__main__":  # before torch: some of it is read when that is imported
+    silence()
 
 # isort: split
 import torch

@@ -2,22 +2,25 @@
 
 Trainer writes a checkpoint file by file; a kill in between leaves a folder that looks like one. So a manifest with the
 size of every file is written last, after every rank has finished, and a checkpoint without a manifest that holds is
-passed over on resume. Renaming a finished folder into place would be simpler, but on several nodes the rename races
+skipped on resume. Renaming a finished folder into place would be simpler, but on several nodes the rename races
 with ranks that still write their part; transformers tried it twice and took it back.
 """
 
 import json
 import os
-import re
 import shlex
 
 from mechanisms.errors import UserError
+from mechanisms.paths import MANIFEST, checkpoints_in
 
-MANIFEST = "complete.json"
+MORE_STEPS = "steps"  # the one fact of a run that may grow
 
 
-def write_manifest(folder, run):
-    """Declare `folder` complete: every file in it with its size, and `run`, the facts a resume must agree with."""
+def write_manifest(folder, run, resumable=True):
+    """Declare `folder` complete: every file in it with its size, and `run`, the facts a resume must agree with.
+
+    resumable: whether it holds the optimizer, the schedule and the place in the data, and not the weights alone.
+    """
     sizes = {}
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -26,14 +29,14 @@ def write_manifest(folder, run):
     sizes.pop(MANIFEST, None)
     unfinished = os.path.join(folder, MANIFEST + ".unfinished")
     with open(unfinished, "w", encoding="utf-8") as file:
-        json.dump({"run": run, "files": sizes}, file, indent=1)
+        json.dump({"run": run, "resumable": resumable, "files": sizes}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, os.path.join(folder, MANIFEST))
 
 
 def read_manifest(folder):
-    """The `run` facts of a complete checkpoint, or a str that says why it is not complete."""
+    """The `run` facts of a checkpoint to resume from, or a str that says why it is none."""
     path = os.path.join(folder, MANIFEST)
     try:
         with open(path, encoding="utf-8") as file:
@@ -49,16 +52,9 @@ def read_manifest(folder):
             return f"{name} is missing"
         if found != size:
             return f"{name} has {found:,} bytes instead of {size:,}"
+    if not manifest.get("resumable", True):
+        return "it holds no optimizer (--save_only_model)"
     return manifest["run"]
-
-
-def checkpoints_in(output_dir):
-    """checkpoint-N folders, newest (largest N) first."""
-    if not os.path.isdir(output_dir):
-        return []
-    matches = map(re.compile(r"checkpoint-(\d+)").fullmatch, os.listdir(output_dir))
-    found = [(int(match[1]), match[0]) for match in matches if match]
-    return [os.path.join(output_dir, name) for _, name in sorted(found, reverse=True)]
 
 
 def checkpoint_to_resume(output_dir, wanted):
@@ -70,7 +66,7 @@ def checkpoint_to_resume(output_dir, wanted):
             "False" (start over; the folder must then hold no results) or the path of a checkpoint.
 
     Returns:
-        (path or None, notices): the notices name checkpoints passed over and why.
+        (path or None, notices): the notices name the checkpoints skipped and why.
 
     Raises:
         UserError: as `wanted` says.
@@ -89,29 +85,27 @@ def checkpoint_to_resume(output_dir, wanted):
             raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
         state = read_manifest(wanted)
         if isinstance(state, str):
-            raise UserError(f"--resume_from_checkpoint {wanted}: not a complete checkpoint: {state}")
+            raise UserError(f"--resume_from_checkpoint {wanted}: cannot be resumed: {state}")
         return wanted, notices
     for path in found:
         state = read_manifest(path)
         if not isinstance(state, str):
             return path, notices
-        notices.append(f"{path} is passed over: {state}")
+        notices.append(f"{path} is skipped: {state}")
     if wanted is not None:
         raise UserError(f"--resume_from_checkpoint True: no complete checkpoint in {output_dir}"
                         + "".join(f"\n       {notice}" for notice in notices))
     return None, notices
 
 
-def check_same_run(checkpoint, run):
-    """Refuse to go on from a checkpoint of another run: its place in the data would mean something else here.
+def check_same_run(checkpoint, run, defaults):
+    """Refuse to resume a checkpoint of another run. Returns notes of what differs and may.
 
-    run: {flag or fact: value} of this command. Raises UserError that lists every difference.
+    run: the facts of this command; defaults: see `differences`. Raises UserError that lists every difference.
     """
-    before = read_manifest(checkpoint)
-    different = [f"{name}: {before[name]!r} in the checkpoint, {value!r} now" for name, value in run.items()
-                 if name in before and before[name] != value]
+    different, notes = differences(read_manifest(checkpoint), run, defaults)
     if not different:
-        return
+        return notes
     advice = "Give the same settings to go on, or another --output_dir to start a new run."
     if [line.split(":")[0] for line in different] == ["ranks"]:
         part = os.path.join(checkpoint, f"global_step{os.path.basename(checkpoint).rpartition('-')[2]}")
@@ -120,6 +114,32 @@ def check_same_run(checkpoint, run):
                   '       and add "checkpoint": {"load_universal": true} to the --deepspeed config.')
     raise UserError(f"{checkpoint} belongs to a run with other settings:\n       " + "\n       ".join(different)
                     + f"\n       {advice}")
+
+
+def differences(before: dict, now: dict, defaults: dict) -> tuple[list[str], list[str]]:
+    """(what forbids to resume, what is only worth a note), each a line with both values.
+
+    Args:
+        before, now: the facts of a checkpoint and of this run.
+        defaults: {field: default value}. What a checkpoint does not say, it was written before the flag was there.
+    """
+    forbidden, notes = [], []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name, defaults.get(name)), now.get(name, defaults.get(name))
+        if _content(old) == _content(new):
+            continue
+        line = f"{name}: {_shown(old)} in the checkpoint, {_shown(new)} now"
+        more = name == MORE_STEPS and old is not None and new > old
+        (notes if more else forbidden).append(line + ": the learning rate follows the longer schedule" * more)
+    return forbidden, notes
+
+
+def _content(value):
+    return value["content"] if isinstance(value, dict) and value.keys() == {"name", "content"} else value
+
+
+def _shown(value):
+    return repr(value) if _content(value) is value else f"{value['name']!r} ({value['content']})"
 
 
 def universal_command(part):

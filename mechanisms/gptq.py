@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import logging
+import os
 import sys
 
 
@@ -35,6 +37,17 @@ def import_gptqmodel():
     traceback where g++ is missing. Can go when gptqmodel makes that optional.
     """
     import torch
+
+    # It does not import on a machine with two cores unless it is told that they are enough.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    # It would compile its packing for minutes (with g++) to win one second per 16 million weights.
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    # It prints a page of settings through this logger, and its tokenizer library sends every INFO line of every library
+    # to stderr, unless the root logger has a handler: this is the one that Python uses where there is none.
+    logging.getLogger("logbar").disabled = True
+    logging.getLogger("tokenicer").setLevel(logging.ERROR)
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.lastResort)
 
     with contextlib.redirect_stdout(io.StringIO()):
         import gptqmodel

@@ -107,7 +107,7 @@ class HeadLoss:
     """Takes over the output layer of `model` while `computing` a loss; does nothing the rest of the time.
 
     The model must be given `logits_to_keep`, the labelled positions, and `shift_labels`, the target of each: what
-    `finetune.EndToEnd` makes of a batch.
+    `finetune.PaddingFreeCollator` makes of a batch.
 
     """
 

@@ -1,6 +1,6 @@
-"""A model folder or an adapter folder -> a model that answers, or one clear sentence why not."""
+"""A model folder or an adapter folder -> a config, weights, a model that answers; or one clear sentence why not."""
 
-import json
+import dataclasses
 import os
 import warnings
 
@@ -8,50 +8,18 @@ import torch
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from mechanisms.checkpoints import checkpoints_in, read_manifest
 from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel
-from mechanisms.paths import could_be_on_the_hub
-from mechanisms.qwen1 import card_metadata, is_standard_folder, standard_folder, todays_names
+from mechanisms.paths import could_be_on_the_hub, find_base
+from mechanisms.qwen1 import convert_if_qwen1, todays_names
 from mechanisms.tokenizer import end_at_turns, load_tokenizer
 
 LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError
 
 
-def find_base(path, base_model=None):
-    """The base model of the adapter at `path`: `base_model` if given, else what the adapter says. None: a whole model.
-
-    An adapter of a Qwen-1 model names the Qwen2 folder that was written for it; if that is gone, it is written again.
-    Raises UserError if there is neither a model nor an adapter at `path`, or no base model where it should be.
-    """
-    if not os.path.isdir(path) and not could_be_on_the_hub(path):
-        raise UserError(f"{path}: no such folder")
-    config = os.path.join(path, "adapter_config.json")
-    if not os.path.isfile(config):
-        if base_model:
-            raise UserError(f"--base_model is for adapters, and there is no adapter_config.json in {path}")
-        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-            complete = [folder for folder in checkpoints_in(path) if not isinstance(read_manifest(folder), str)]
-            raise UserError(f"{path} holds neither a model (config.json) nor an adapter (adapter_config.json)"
-                            + (f". Its newest complete checkpoint is {complete[0]}" if complete else ""))
-        return None
-    try:
-        with open(config, encoding="utf-8") as file:
-            base = base_model or json.load(file)["base_model_name_or_path"] or "?"
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{config} is damaged: {first_line(error)}") from error
-    if not base_model and not os.path.isdir(base) and is_standard_folder(base):
-        base = card_metadata(path).get("base_model", base)
-    if not os.path.isdir(base) and not could_be_on_the_hub(base):
-        raise UserError(f"--base_model {base}: no such folder" if base_model else
-                        f"the base model of {path} is {base}, and there is no such folder now: say with --base_model "
-                        "where that model is")
-    return standard_folder(base)
-
-
 def load_weights(path, **options):
-    """`AutoModelForCausalLM.from_pretrained`, which gives weights that the folder lacks random values, without that.
+    """`AutoModelForCausalLM.from_pretrained`, but a checkpoint with missing weights is refused, not filled at random.
 
     Raises UserError for such a folder, and LOADING_ERRORS as that does.
     """
@@ -72,28 +40,32 @@ def load_weights(path, **options):
     return model
 
 
-def load_model(path, base, tokenizer, dtype="auto", device_map=None):
-    """The model or adapter at `path`, ready to answer. An adapter stays apart from its base model.
+def load_to_answer(path, base_model=None, dtype="auto", device_map=None):
+    """The model or adapter at `path` -> (model, tokenizer), ready to answer. An adapter stays apart from its base.
 
     Args:
-        base: what `find_base` said.
-        tokenizer: the one of finetune.py's `load_tokenizer`.
+        base_model: for an adapter: where its base model is (default: where the adapter says).
         dtype, device_map: as in `from_pretrained`.
 
     Raises:
-        UserError: something cannot be loaded, or the adapter does not fit the base model.
+        UserError: something cannot be found or loaded, or the adapter does not fit the base model.
     """
+    base = find_base(path, base_model)
+    source = convert_if_qwen1(base or path)
+    folder = path if base else source
+    has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
+    tokenizer = load_tokenizer(folder if has_tokenizer else source)
     try:
-        model = load_weights(base or path, dtype=dtype, device_map=device_map)
+        model = load_weights(source, dtype=dtype, device_map=device_map)
     except LOADING_ERRORS as error:
         advice = f". It is the base model of {path}: say with --base_model if it is elsewhere" if base else ""
-        raise UserError(f"{base or path} cannot be loaded: {first_line(error)}{advice}") from error
+        raise UserError(f"{source} cannot be loaded: {first_line(error)}{advice}") from error
     if base:
         if os.path.isfile(os.path.join(path, "generation_config.json")):
             model.generation_config = GenerationConfig.from_pretrained(path)
-        model = _put_on(model, base, path)
+        model = _put_on(model, source, path)
     end_at_turns(model.generation_config, tokenizer)
-    return model.eval()
+    return model.eval(), tokenizer
 
 
 def _put_on(model, base, path):
@@ -111,18 +83,6 @@ def _put_on(model, base, path):
             raise UserError(f"the adapter {path} does not fit the model {base}: {reason[:300]}") from error
 
 
-def load(path, base_model=None, dtype="auto", device_map=None):
-    """The model or adapter at `path` -> (model, tokenizer), ready to answer. merge_lora.py and examples use it too.
-
-    Arguments and UserErrors as those of `mechanisms.loading.load_model` and `find_base`.
-    """
-    base = find_base(path, base_model)
-    path = path if base else standard_folder(path)
-    has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
-    tokenizer = load_tokenizer(path if has_tokenizer else base)
-    return load_model(path, base, tokenizer, dtype, device_map), tokenizer
-
-
 def load_config(path, cache_dir=None):
     """The model's config. Raises UserError where there is none to be had."""
     has = {name: os.path.isfile(os.path.join(path, name)) for name in ("config.json", "adapter_config.json")}
@@ -138,40 +98,55 @@ def load_config(path, cache_dir=None):
         raise UserError(f"--model_name_or_path {path} {where}: {first_line(error)}") from error
 
 
-def check_model(config, training_args, lora_args, lora_defaults):
-    """Refuse what this model cannot do, and shorten what it cannot hold.
+def fit_arguments(config, training_args, lora_args):
+    """Change two arguments to what the model has, and say so: --model_max_length to its number of positions, and names
+    of Qwen-1's layers in --lora_target_modules to today's."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and training_args.model_max_length > limit:
+        say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
+            f"{limit} is used")
+        training_args.model_max_length = limit
+    if training_args.use_lora:
+        lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(config))
 
-    lora_defaults: LoraArguments as they are without any flag. Raises UserError.
-    """
+
+def layer_names(config):
+    """The last parts of the names of all modules of the network, as a set."""
+    with torch.device("meta"):  # the network without its weights (from_config would share them out under ZeRO-3)
+        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return {name.rpartition(".")[2] for name, _ in network.named_modules()}
+
+
+def check_trainable(config, training_args, lora_args):
+    """Refuse what this model cannot do, by its config and that of an adapter to continue. Raises UserError."""
     if getattr(config, "quantization_config", None) and not lora_args.q_lora:
         raise UserError("this model is quantized: its weights cannot be trained. Add --q_lora to train adapters on it")
     others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     if others:
         raise UserError(f"this model has layers of the kind {', '.join(others)}: they would carry what they read in "
                         "one sample of a batch into the next. Only networks of attention layers are supported")
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and training_args.model_max_length > limit:
-        say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
-            f"{limit} is used")
-        training_args.model_max_length = limit
     if not training_args.use_lora:
         return
-    with torch.device("meta"):  # the network without its weights (from_config would share them out under ZeRO-3)
-        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    names = {name.rpartition(".")[2] for name, _ in network.named_modules()}
-    lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, names)
+    names = layer_names(config)
     missing = [name for name in lora_args.lora_target_modules if name.rpartition(".")[2] not in names]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
                         + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head")))))
     if lora_args.lora_weight_path:
-        _check_adapter(lora_args, lora_defaults, names)
+        _check_adapter(lora_args, names)
 
 
-def _check_adapter(lora_args, defaults, names):
+def peft_name(flag):
+    """The field of peft's LoraConfig that a flag of LoraArguments sets: lora_r -> r. None: it sets none."""
+    from peft import LoraConfig
+
+    return next((name for name in (flag.removeprefix("lora_"), flag) if name in LoraConfig.__dataclass_fields__), None)
+
+
+def _check_adapter(lora_args, names):
     """A continued adapter keeps its own settings: flags that say otherwise would have no effect.
 
-    names: last parts of the names of all layers of the model.
+    names: see `layer_names`.
     """
     from peft import PeftConfig
 
@@ -187,14 +162,16 @@ def _check_adapter(lora_args, defaults, names):
     if missing:
         raise UserError(f"--lora_weight_path {path}: that adapter is for layers which this model lacks: "
                         f"{' '.join(sorted(missing))} (those trained on Qwen-1 by its own program cannot be continued)")
-    own = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout,
-           "lora_bias": adapter.bias, "lora_target_modules": sorted(adapter.target_modules)}
-    wrong = []
-    for name, value in own.items():
-        asked = getattr(lora_args, name)
-        if asked != getattr(defaults, name) and (sorted(asked) if isinstance(asked, list) else asked) != value:
-            wrong.append(f"--{name}: the adapter in --lora_weight_path has {value}")
-    if lora_args.lora_embeddings != "auto":
-        wrong.append("--lora_embeddings: the adapter in --lora_weight_path has its own")
+    wrong, defaults = [], type(lora_args)()
+    for field in dataclasses.fields(lora_args):
+        asked, name = getattr(lora_args, field.name), peft_name(field.name)
+        if field.name in ("q_lora", "lora_weight_path") or asked == getattr(defaults, field.name):
+            continue
+        own = getattr(adapter, name) if name else None
+        own = sorted(own) if isinstance(own, set) else own
+        if not name:
+            wrong.append(f"--{field.name}: the adapter in --lora_weight_path has its own")
+        elif (sorted(asked) if isinstance(asked, list) else asked) != own:
+            wrong.append(f"--{field.name}: the adapter in --lora_weight_path has {own}")
     if wrong:
         raise UserError("\n       ".join(wrong) + "\n       A continued adapter keeps its settings: leave these out")

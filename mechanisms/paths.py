@@ -1,10 +1,14 @@
 """Folders that programs read from and write to: what is wrong with them is known before anything is loaded."""
 
+import json
 import os
 import re
 import shutil
 
-from mechanisms.errors import UserError
+from mechanisms.errors import UserError, first_line
+
+MANIFEST = "complete.json"  # written last into a checkpoint
+QWEN1_PREFIX = "qwen1-"  # of the folder around a Qwen-1 model that was written as a Qwen2 folder
 
 
 def could_be_on_the_hub(path):
@@ -23,3 +27,64 @@ def check_disk(flag, folder, size):
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(f"{flag}: {size / 1e9:.1f} GB are needed there, and {free / 1e9:.1f} GB are free")
+
+
+def checkpoints_in(output_dir):
+    """checkpoint-N folders, newest (largest N) first."""
+    if not os.path.isdir(output_dir):
+        return []
+    matches = map(re.compile(r"checkpoint-(\d+)").fullmatch, os.listdir(output_dir))
+    found = [(int(match[1]), match[0]) for match in matches if match]
+    return [os.path.join(output_dir, name) for _, name in sorted(found, reverse=True)]
+
+
+def find_base(path, base_model=None):
+    """The base model of the adapter at `path`: `base_model` if given, else what the adapter says. None: a whole model.
+
+    An adapter of a Qwen-1 model names the Qwen2 folder that was written for it; if that is gone, the model it was
+    written from is the base. Raises UserError if there is neither a model nor an adapter at `path`, or no base model
+    where it should be.
+    """
+    if not os.path.isdir(path) and not could_be_on_the_hub(path):
+        raise UserError(f"{path}: no such folder")
+    config = os.path.join(path, "adapter_config.json")
+    if not os.path.isfile(config):
+        if base_model:
+            raise UserError(f"--base_model is for adapters, and there is no adapter_config.json in {path}")
+        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+            complete = [folder for folder in checkpoints_in(path) if os.path.isfile(os.path.join(folder, MANIFEST))]
+            raise UserError(f"{path} holds neither a model (config.json) nor an adapter (adapter_config.json)"
+                            + (f". Its newest complete checkpoint is {complete[0]}" if complete else ""))
+        return None
+    try:
+        with open(config, encoding="utf-8") as file:
+            base = base_model or json.load(file)["base_model_name_or_path"] or "?"
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{config} is damaged: {first_line(error)}") from error
+    if not base_model and not os.path.isdir(base) and is_converted_folder(base):
+        base = card_metadata(path).get("base_model", base)
+    if not os.path.isdir(base) and not could_be_on_the_hub(base):
+        raise UserError(f"--base_model {base}: no such folder" if base_model else
+                        f"the base model of {path} is {base}, and there is no such folder now: say with --base_model "
+                        "where that model is")
+    return base
+
+
+def is_converted_folder(path):
+    """Whether `qwen1.convert_if_qwen1` wrote the folder `path`, by its name: it may be gone."""
+    return os.path.basename(os.path.dirname(path)).startswith(QWEN1_PREFIX)
+
+
+def source_name(path):
+    """Name or folder of the Qwen-1 model that a folder was converted from; any other path as it is."""
+    return card_metadata(path).get("converted_from", path)
+
+
+def card_metadata(folder):
+    """The metadata of the model card in `folder`; {} if there is none."""
+    from huggingface_hub import metadata_load  # takes a while to import
+
+    try:
+        return metadata_load(os.path.join(folder, "README.md")) or {}
+    except (OSError, ValueError):
+        return {}

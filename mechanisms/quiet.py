@@ -1,4 +1,4 @@
-"""Warnings of libraries that mean nothing to the user, silenced at their cause. Imported before anything heavy.
+"""Warnings of libraries that mean nothing to the user, silenced at their cause.
 
 Everything here names its reason and when it can go.
 """
@@ -8,45 +8,38 @@ import os
 import sys
 import warnings
 
-# torchao comes with gptqmodel and is imported by transformers; nothing here uses it. Its compiled parts do not load
-# without CUDA and it says so at every start, and its enums trip a deprecation warning of torch. Can go when
-# transformers imports torchao only where it is used.
-os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
-logging.getLogger("torchao").setLevel(logging.ERROR)
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
-# On CPUs with bfloat16 instructions bitsandbytes remarks that it has not found a package with other kernels for them.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+def silence():
+    """For programs, before they import anything heavy: some of it is read at import.
 
-# DeepSpeed announces on every import that it has found no GPU. Naming the accelerator keeps it from looking.
-if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    Changes environment variables, loggers and warning filters of this process.
+    """
+    # torchao comes with gptqmodel and is imported by transformers; nothing here uses it. Its compiled parts do not load
+    # without CUDA and it says so at every start, and its enums trip a deprecation warning of torch. Can go when
+    # transformers imports torchao only where it is used.
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
-# gptqmodel does not import on a machine with two cores unless it is told that they are enough.
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-# It prints a banner and a page of settings through this logger, and its tokenizer library sends every INFO line of
-# every library to stderr, unless the root logger has a handler: this is the one that Python uses where there is none.
-logging.getLogger("logbar").disabled = True
-logging.getLogger("tokenicer").setLevel(logging.ERROR)
-logging.getLogger().addHandler(logging.lastResort)
-# Loading its models, optimum asks the inner network for every attribute, one of which then wonders; and a map of a
-# single device is left on the model, which Trainer takes for several.
-for _logger, _words in (("transformers.modeling_utils", "`loss_type=None` was set"),
-                        ("transformers.trainer", "The model is already on multiple devices")):
-    logging.getLogger(_logger).addFilter(lambda record, words=_words: words not in record.getMessage())
-# It would compile its packing for minutes (with g++) to win one second per 16 million weights.
-os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    # On CPUs with bfloat16 instructions bitsandbytes remarks that it has not found a package with other kernels.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# Bars that redraw themselves fill a log file with fragments.
-if not sys.stderr.isatty():
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Loading GPTQ models, optimum asks the inner network for every attribute, one of which then wonders; and a map of a
+    # single device is left on the model, which Trainer takes for several.
+    for logger, words in (("transformers.modeling_utils", "`loss_type=None` was set"),
+                          ("transformers.trainer", "The model is already on multiple devices")):
+        logging.getLogger(logger).addFilter(lambda record, words=words: words not in record.getMessage())
 
-# peft asks the model under the name it had before transformers 5.23. Can go with the next peft.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # Bars that redraw themselves fill a log file with fragments.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-# DeepSpeed calls collectives under their old names. Can go when it has moved on.
-warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    # peft asks the model under the name it had before transformers 5.23. Can go with the next peft.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
-# Trainer leaves gradient accumulation to DeepSpeed, and accelerate remarks on it in every run.
-logging.getLogger("accelerate.accelerator").addFilter(
-    lambda record: "Gradient accumulation steps mismatch" not in record.getMessage())
+    # DeepSpeed calls collectives under their old names. Can go when it has moved on.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+
+    # Trainer leaves gradient accumulation to DeepSpeed, and accelerate remarks on it in every run.
+    logging.getLogger("accelerate.accelerator").addFilter(
+        lambda record: "Gradient accumulation steps mismatch" not in record.getMessage())

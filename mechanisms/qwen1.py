@@ -14,7 +14,7 @@ import shutil
 import socket
 
 import torch
-from huggingface_hub import metadata_load, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
@@ -32,12 +32,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mechanisms.console import counted, say
 from mechanisms.errors import UserError, first_line
-from mechanisms.paths import could_be_on_the_hub
+from mechanisms.paths import QWEN1_PREFIX, could_be_on_the_hub
 from mechanisms.tokenizer import QWEN_CHATML
 
 VERSION = 1  # of what is written: another one is another folder
 SHARD_SIZE = 500_000_000  # bytes
-PREFIX = "qwen1-"  # of the folder around what is written
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
 
@@ -63,7 +62,7 @@ FIXED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "emb_dr
 # What the programs call
 # ---------------------------------------------------------------------------------------------------------------------
 
-def standard_folder(path, cache_dir=None):
+def convert_if_qwen1(path, cache_dir=None):
     """`path` itself, or for a Qwen-1 model the standard Qwen2 folder of it, which is written when first asked for.
 
     The folder has the last name of `path`, as that tells base models from chat models. It appears whole or not at all,
@@ -97,7 +96,7 @@ def standard_folder(path, cache_dir=None):
             raise UserError(f"the Qwen-1 model {path} cannot be downloaded: {first_line(error)}") from error
     files = _weight_files(source)
     root = os.path.abspath(cache_dir or os.path.join(HF_HOME, "finetune_models"))
-    parent = os.path.join(root, PREFIX + _key(source, files))
+    parent = os.path.join(root, QWEN1_PREFIX + _key(source, files))
     folder = os.path.join(parent, os.path.basename(os.path.abspath(path)))
     if os.path.isdir(folder):
         return folder
@@ -110,24 +109,6 @@ def standard_folder(path, cache_dir=None):
         raise UserError(f"the Qwen-1 model {path} cannot be written as a Qwen2 folder to {folder}: "
                         f"{error.strerror or error}. --cache_dir or HF_HOME names another place") from error
     return folder
-
-
-def is_standard_folder(path):
-    """Whether `standard_folder` wrote the folder `path`, by its name: it may be gone."""
-    return os.path.basename(os.path.dirname(path)).startswith(PREFIX)
-
-
-def source_name(path):
-    """Name or folder of the Qwen-1 model that `standard_folder` made the folder `path` of; any other path as it is."""
-    return card_metadata(path).get("converted_from", path)
-
-
-def card_metadata(folder):
-    """The metadata of the model card in `folder`; {} if there is none."""
-    try:
-        return metadata_load(os.path.join(folder, "README.md")) or {}
-    except (OSError, ValueError):
-        return {}
 
 
 def todays_names(targets, layers):

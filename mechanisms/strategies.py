@@ -1,5 +1,6 @@
 """One process, DDP, ZeRO-2, ZeRO-3, FSDP: what each needs before the model is loaded, and what cannot work."""
 
+import argparse
 import glob
 import os
 import socket
@@ -33,8 +34,7 @@ def deepspeed_config(value):
     """The value of --deepspeed as Trainer takes it: None, or the path of a config.
 
     "" and "none" mean no DeepSpeed (the launchers give one; this takes it back). A name that is no file here may be one
-    of the configs beside finetune.py. Under DeepSpeed a single process started without torchrun gets the environment
-    that torchrun would set, or DeepSpeed would look for MPI. Raises UserError for a path that does not exist.
+    of the configs beside finetune.py. Raises UserError for a path that does not exist.
     """
     if not isinstance(value, str):
         return value
@@ -44,12 +44,28 @@ def deepspeed_config(value):
     path = next((path for path in (value, beside) if os.path.isfile(path)), None)
     if path is None:
         raise UserError(f"--deepspeed {value}: no such file")
+    return path
+
+
+def set_environment(argv):
+    """Before the arguments of a run under DeepSpeed are made: their device is, and DeepSpeed reads the environment.
+
+    A single process that was started without torchrun gets what torchrun would set, or DeepSpeed would look for MPI.
+    Without a GPU the accelerator is named, or DeepSpeed announces at every import that it has found none.
+
+    argv: as `flags.prepare_command_line` returns it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--deepspeed", nargs="?")
+    if (parser.parse_known_args(argv)[0].deepspeed or "none").lower() == "none":
+        return
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return path
 
 
 def _deepspeed(training_args):

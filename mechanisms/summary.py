@@ -6,7 +6,7 @@ import os
 import shlex
 
 from mechanisms.console import table
-from mechanisms.qwen1 import source_name
+from mechanisms.paths import source_name
 from mechanisms.strategies import strategy_name
 
 
@@ -93,15 +93,13 @@ def after_training(trainer, result, evaluated):
     return lines
 
 
-def model_card(model_args, data_args, training_args, lora_args):
-    """README.md of the result, with the metadata that the Hugging Face Hub reads."""
-    flags = {name: getattr(training_args, name) for name in (
-        "num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
-        "model_max_length", "seed")}
-    if training_args.use_lora:
-        flags |= {name: getattr(lora_args, name)
-                  for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_embeddings")}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in flags.items())
+def model_card(arguments, settings):
+    """README.md of the result, with the metadata that the Hugging Face Hub reads.
+
+    arguments: the (model, data, training, lora) arguments; settings: {flag: value}, see `facts.settings`.
+    """
+    model_args, data_args, training_args, lora_args = arguments
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     data = ", ".join(f"`{os.path.basename(os.path.normpath(path))}`" for path in data_args.data_path)
     base = source_name(model_args.model_name_or_path)
     return (f"---\nbase_model: {json.dumps(base)}\n"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import mechanisms.quiet  # noqa: F401
+from mechanisms.quiet import silence
+
+silence()
 
 # A shell's background job ignores Ctrl-C, and what it starts does too; here Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)

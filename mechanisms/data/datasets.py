@@ -1,32 +1,41 @@
-"""Data files -> datasets of samples, tokenized once and read from disk, or each when it is needed."""
+"""Data files -> datasets of samples, tokenized once and read from disk, or each when it is needed.
 
+What every dataset here has, beside a length and items by their number:
+
+  lengths: int64 (items), tokens of each; None where samples are tokenized when they are needed
+  digests: uint64 (samples), equal for samples of equal conversations
+  fill: share of the tokens of its rows that samples fill, where an item is a row of samples; None where it is a sample
+"""
+
+import contextlib
 import itertools
 import os
 import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import numpy as np
-import torch
 from huggingface_hub.constants import HF_HOME
 
 from mechanisms import console
 from mechanisms.data.cores import count_cores, on_all_cores
-from mechanisms.data.encoder import IGNORED
+from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.packing import best_fit_decreasing
-from mechanisms.data.records import read_records
+from mechanisms.data.records import Place, Problems, read_records
 from mechanisms.data.report import DataReport
-from mechanisms.data.shapes import BadRecord, to_conversation
+from mechanisms.data.shapes import BadRecord, Conversation, to_conversation
 from mechanisms.data.token_cache import TokenCache, TokenizedSamples, cache_key
 
-MUCH_TEXT = 8 << 20  # bytes of data per core from which TextEncoder.hasten saves more time than it takes
+MUCH_TEXT = 8 << 20  # bytes of data per core from which tiktoken saves more time than it takes to prepare
 
 
-def read_files(files, problems):
+def read_files(files: list[str], problems: Problems) -> Iterator[tuple[Place, object]]:
     """Yield (Place, record) of all files, one after the other."""
     for path in files:
         yield from read_records(path, problems)
 
 
-def to_conversations(records, problems, notices):
+def to_conversations(records: Iterable, problems: Problems, notices: dict) -> Iterator[tuple[Place, Conversation]]:
     """Yield (Place, Conversation) for every usable one of (Place, record) pairs.
 
     The others go to `problems`; `notices` (a Counter) counts what is left out of usable ones, by its name.
@@ -38,30 +47,36 @@ def to_conversations(records, problems, notices):
             problems.add(place, bad.args[0], record)
 
 
-class LazyConversations(torch.utils.data.Dataset):
-    """The samples of `TokenCache`, each tokenized when it is asked for."""
+def load_dataset(files: list[str], encoder: ConversationEncoder, cache_dir: str | None = None, lazy: bool = False,
+                 main_process_first: Callable[[], AbstractContextManager] = contextlib.nullcontext):
+    """Files -> (dataset, DataReport). Tokenized once per node; the other ranks, and later runs, read the cache.
 
-    def __init__(self, conversations, digests, encoder):
-        self.conversations, self.digests, self.encoder = conversations, np.array(digests, np.uint64), encoder
+    Args:
+        cache_dir: parent of the folder of tokens (default: below Hugging Face's cache).
+        lazy: keep no tokens; each sample is tokenized when it is needed.
+        main_process_first: makes a context which the first process of a node enters before the others.
+    """
+    report = DataReport()
+    if lazy:
+        return load_lazily(files, encoder, report), report
+    cache_root = cache_dir or os.path.join(HF_HOME, "finetune_tokens")
+    with main_process_first():
+        folder = os.path.join(cache_root, f"tokens-{cache_key(files, encoder)}")
+        if not TokenCache.exists(folder):
+            TokenCache.write(folder, tokenize(files, encoder, report), report.to_json)
+    cache = TokenCache(folder)
+    return cache, DataReport.from_json(cache.report)
 
-    def __len__(self):
-        return len(self.conversations)
 
-    def __getitem__(self, index):
-        sample = self.encoder(self.conversations[index])
-        return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels)}
-
-
-def tokenize(files, encoder, report):
+def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport) -> Iterator[TokenizedSamples]:
     """Yield the TokenizedSamples worth training on; everything else is counted in `report`."""
 
     def encode(records):
         """Some (Place, record) pairs -> their TokenizedSamples and DataReport; runs in another process."""
         found, ids, labels, lengths, digests = DataReport(), [], [], [], []
-        encoder.notices = found.notices
         for place, conversation in to_conversations(records, found.problems, found.notices):
             try:
-                sample = encoder(conversation)
+                sample = encoder(conversation, found.notices)
             except BadRecord as bad:
                 found.problems.add(place, bad.args[0], conversation.shown())
                 continue
@@ -74,7 +89,7 @@ def tokenize(files, encoder, report):
                                 np.array(lengths, np.int64), np.array(digests, np.uint64)), found
 
     if sum(map(os.path.getsize, files)) > MUCH_TEXT * count_cores():
-        encoder.ids_of.hasten()
+        encoder.ids_of.prepare_tiktoken()
     records = console.counted(read_files(files, report.problems), "tokenizing", "records")
     groups = iter(lambda: list(itertools.islice(records, 500)), [])
     for samples, found in on_all_cores(encode, groups):
@@ -83,7 +98,7 @@ def tokenize(files, encoder, report):
     report.problems.rejected.sort(key=lambda row: (files.index(row["file"]), row["line"]))  # reading is ahead
 
 
-def load_lazily(files, encoder, report):
+def load_lazily(files: list[str], encoder: ConversationEncoder, report: DataReport) -> "LazyConversations":
     """The same samples as `tokenize`, in the same order, not tokenized yet.
 
     Which samples are left out must be known before the start. A byte-level tokenizer never makes more tokens than there
@@ -93,11 +108,11 @@ def load_lazily(files, encoder, report):
     for place, conversation in to_conversations(
             read_files(files, report.problems), report.problems, report.notices):
         try:
-            rendered, sample = encoder.render(conversation), None
+            rendered, sample = encoder.render(conversation, report.notices), None
             if (not isinstance(rendered, str) or not all(conversation.trained)
                     or len(unicodedata.normalize("NFC", rendered).encode()) > encoder.max_length
                     or rendered.count("<|im_start|>assistant\n") != len(conversation.trained)):
-                sample = encoder.encode(conversation, rendered)
+                sample = encoder.encode(conversation, rendered, report.notices)
         except BadRecord as bad:
             report.problems.add(place, bad.args[0], conversation.shown())
             continue
@@ -105,53 +120,58 @@ def load_lazily(files, encoder, report):
             conversations.append(conversation)
             digests.append(conversation.digest)
     report.counts_tokens = False
-    report.notices.update(encoder.notices)
     return LazyConversations(conversations, digests, encoder)
 
 
-def load_dataset(files, encoder, data_args, training_args):
-    """Files -> (dataset, DataReport). Tokenized once per node; the other ranks, and later runs, read the cache."""
-    if data_args.lazy_preprocess:
-        report = DataReport()
-        return load_lazily(files, encoder, report), report
-    flags = {"max_length": encoder.max_length, "loss_on": encoder.loss_on, "overlong": encoder.overlong}
-    here = os.path.dirname(os.path.abspath(__file__))
-    sources = [os.path.join(here, name) for name in sorted(os.listdir(here)) if name.endswith(".py")]
-    cache_root = training_args.cache_dir or os.path.join(HF_HOME, "finetune_tokens")
-    with training_args.main_process_first(desc="tokenizing"):
-        folder = os.path.join(cache_root, "tokens-" + cache_key(files, encoder.tokenizer, flags, sources))
-        if not TokenCache.exists(folder):
-            report = DataReport()
-            TokenCache.write(folder, tokenize(files, encoder, report), report.to_json)
-    cache = TokenCache(folder)
-    return cache, DataReport.from_json(cache.report)
+class LazyConversations:
+    """The samples of `TokenCache`, each tokenized when it is asked for."""
+
+    lengths = fill = None
+
+    def __init__(self, conversations, digests, encoder):
+        self.conversations, self.digests, self.encoder = conversations, np.array(digests, np.uint64), encoder
+
+    def __len__(self):
+        return len(self.conversations)
+
+    def __getitem__(self, index):
+        sample = self.encoder(self.conversations[index])
+        return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels)}
 
 
-def split(dataset, ratio):
+class Subset:
+    """Some samples of a dataset, by their numbers there."""
+
+    fill = None
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices, self.digests = dataset, indices.tolist(), dataset.digests[indices]
+        self.lengths = None if dataset.lengths is None else dataset.lengths[indices]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        return self.dataset[self.indices[index]]
+
+
+def split(dataset, ratio: float) -> tuple[Subset, Subset]:
     """Hold out about `ratio` of the samples, chosen by content: the same ones in any order and with any seed, and never
-    a duplicate of a trained one."""
+    a duplicate of a trained one. Returns (the others, those held out)."""
     digests = np.unique(dataset.digests)
     held_out = np.isin(dataset.digests, digests[:round(len(digests) * ratio)])
     indices = np.arange(len(dataset))
-    return (torch.utils.data.Subset(dataset, indices[~held_out].tolist()),
-            torch.utils.data.Subset(dataset, indices[held_out].tolist()))
+    return Subset(dataset, indices[~held_out]), Subset(dataset, indices[held_out])
 
 
-def sample_lengths(dataset):
-    """Tokens of each sample, int64 (samples), or None where they are tokenized when they are needed."""
-    if isinstance(dataset, torch.utils.data.Subset):
-        lengths = sample_lengths(dataset.dataset)
-        return None if lengths is None else lengths[dataset.indices]
-    return np.diff(dataset.offsets) if isinstance(dataset, TokenCache) else None
-
-
-class PackedRows(torch.utils.data.Dataset):
+class PackedRows:
     """Lists of samples, as many as fit into max_length tokens; the same ones for the same seed."""
 
     def __init__(self, dataset, max_length, seed):
-        self.dataset, lengths = dataset, sample_lengths(dataset)
-        self.rows = best_fit_decreasing(lengths, max_length, seed)
-        self.fill = lengths.sum() / (len(self.rows) * max_length)
+        self.dataset, self.digests = dataset, dataset.digests
+        self.rows = best_fit_decreasing(dataset.lengths, max_length, seed)
+        self.lengths = np.array([dataset.lengths[row].sum() for row in self.rows])
+        self.fill = self.lengths.sum() / (len(self.rows) * max_length)
 
     def __len__(self):
         return len(self.rows)

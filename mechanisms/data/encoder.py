@@ -1,12 +1,13 @@
 """A conversation -> the ids of its tokens and the label of each: what is trained and what is not."""
 
 import collections
+import dataclasses
 import re
 from typing import NamedTuple
 
 import jinja2
 
-from mechanisms.data.shapes import BadRecord
+from mechanisms.data.shapes import BadRecord, Conversation
 from mechanisms.data.template import dict_keys, rendered_parts, split_thinking, strings, used_parts
 from mechanisms.data.text_encoder import TextEncoder
 from mechanisms.errors import UserError
@@ -25,6 +26,7 @@ class Sample(NamedTuple):
     outcome: str
 
 
+@dataclasses.dataclass(eq=False)
 class ConversationEncoder:
     """Conversation -> Sample, by one rendering with the tokenizer's own chat template.
 
@@ -32,14 +34,20 @@ class ConversationEncoder:
     rendering: from after `<|im_start|>assistant\\n` through its `<|im_end|>`, what the model itself will have to say
     after the prompt that inference builds.
 
+    Its fields are all that a sample depends on beside the conversation: the token cache's key is made of them.
+
     Raises UserError if the tokenizer has no ChatML tokens or its template renders conversations in a way that cannot be
     walked so.
     """
 
-    def __init__(self, tokenizer, max_length, loss_on="assistant", overlong="truncate"):
-        self.tokenizer, self.max_length, self.loss_on, self.overlong = tokenizer, max_length, loss_on, overlong
+    tokenizer: object
+    max_length: int
+    loss_on: str = "assistant"
+    overlong: str = "truncate"
+
+    def __post_init__(self):
+        tokenizer = self.tokenizer
         self.ids_of = TextEncoder(tokenizer)
-        self.notices = collections.Counter()
         vocabulary = tokenizer.get_added_vocab()
         if not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
             raise UserError(f"the tokenizer in {tokenizer.name_or_path} has no <|im_start|> and <|im_end|> tokens: "
@@ -50,11 +58,12 @@ class ConversationEncoder:
         self.rendered = rendered_parts(tokenizer)
         self._check_template()
 
-    def __call__(self, conversation):
-        """Encode one conversation. Raises BadRecord."""
-        return self.encode(conversation, self.render(conversation))
+    def __call__(self, conversation: Conversation, notices: collections.Counter | None = None) -> Sample:
+        """Encode one conversation; `notices` counts what was changed in it. Raises BadRecord."""
+        notices = collections.Counter() if notices is None else notices
+        return self.encode(conversation, self.render(conversation, notices), notices)
 
-    def render(self, conversation):
+    def render(self, conversation: Conversation, notices: collections.Counter) -> str | list[int]:
         """The conversation as text, or as ids where its content holds control tokens that must become plain text."""
         messages, tools = conversation.messages, conversation.tools
         left_out = used_parts(conversation) - self.rendered
@@ -66,7 +75,7 @@ class ConversationEncoder:
         if written and any(self.control_tokens.search(key) for key in dict_keys([messages, tools])):
             raise BadRecord([("control token in the name of an argument", ", ".join(sorted(written)))])
         for token in written:
-            self.notices[f"{token} written in the data"] += 1
+            notices[f"{token} written in the data"] += 1
         try:
             if not written:
                 return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
@@ -75,11 +84,11 @@ class ConversationEncoder:
         except (jinja2.TemplateError, TypeError) as error:
             raise BadRecord([("the model's chat template refuses it", str(error))]) from error
 
-    def encode(self, conversation, rendered):
+    def encode(self, conversation: Conversation, rendered: str | list[int], notices: collections.Counter) -> Sample:
         """A conversation and its `render`ing -> Sample. Raises BadRecord."""
         ids = self.ids_of(rendered) if isinstance(rendered, str) else rendered
         labels = list(ids) if self.loss_on == "all" else [IGNORED] * len(ids)
-        spans = self._assistant_spans(ids, labels)
+        spans = self._assistant_spans(ids, labels, notices)
         if len(spans) != len(conversation.trained):
             raise BadRecord([("the rendering cannot be walked", f"{len(conversation.trained)} assistant messages, but "
                               f"{len(spans)} found in what the chat template makes of them")])
@@ -99,8 +108,8 @@ class ConversationEncoder:
             return Sample([], [], "nothing to learn")
         return Sample(ids, labels, outcome)
 
-    def _assistant_spans(self, ids, labels):
-        """[(start, end)] of every assistant turn's words and end token; mends ids and labels in place on two points."""
+    def _assistant_spans(self, ids, labels, notices):
+        """[(start, end)] of every assistant turn's words and end token; corrects ids and labels on two points."""
         spans, position = [], -1
         while True:
             try:
@@ -123,7 +132,7 @@ class ConversationEncoder:
             if self.end not in ids[start:]:
                 # The template leaves the last turn open (Qwen1.5's does): without its end token the model would never
                 # learn to stop.
-                self.notices["last turn without <|im_end|>, which was added"] += 1
+                notices["last turn without <|im_end|>, which was added"] += 1
                 ids.append(self.end)
                 labels.append(self.end if self.loss_on == "all" else IGNORED)
             end = ids.index(self.end, start) + 1
@@ -136,8 +145,8 @@ class ConversationEncoder:
         for word in words:
             turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": word}]
         ids = self.tokenizer.apply_chat_template(turns, return_dict=False)
-        found = [self.tokenizer.decode(ids[start:end]) for start, end in self._assistant_spans(ids, list(ids))]
-        self.notices.clear()
+        spans = self._assistant_spans(ids, list(ids), collections.Counter())
+        found = [self.tokenizer.decode(ids[start:end]) for start, end in spans]
         if len(found) != 2 or not all(text.endswith(word + "<|im_end|>")
                                       for text, word in zip(found, words, strict=True)):
             raise UserError(f"the chat template of {self.tokenizer.name_or_path} does not render assistant turns as "

@@ -7,7 +7,6 @@ import re
 import tiktoken
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import Split
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # How the tokenizers of Qwen 1 to 3 cut a text into the words that BPE then works on.
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
@@ -49,7 +48,7 @@ class TextEncoder:
         """Raises ValueError where its regex engine gives up."""
         return self.tiktoken.encode(text, allowed_special="all", disallowed_special=())
 
-    def hasten(self):
+    def prepare_tiktoken(self):
         """Spend a second on making texts several times faster to encode, if the tokenizer's rules are Qwen's."""
         if self.tiktoken:  # the training data had it done, and the evaluation data is much too
             return
@@ -81,6 +80,8 @@ def same_ranks(bpe, rules, added):
     list makes every token out of its bytes. For while they agree, what happens inside a piece of text is what happens
     if it stands alone: so neighbours whose union is a token are just the pair that makes it.
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # imports torch
+
     learned = {word: number for word, number in rules["vocab"].items() if word not in added}
     words, joined = list(learned), ["".join(pair) for pair in rules["merges"]]
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}

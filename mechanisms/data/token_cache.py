@@ -1,30 +1,38 @@
 """Tokenized samples on disk: written once, whole or not at all, and memory-mapped by every process that reads them."""
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+LIBRARIES = "transformers", "tokenizers", "tiktoken", "jinja2"  # that render and tokenize
 
-def cache_key(files, tokenizer, flags, sources):
+
+def cache_key(files: list[str], encoder) -> str:
     """Hex key of everything the tokens depend on.
 
-    Args:
-        files: data files; their whole content counts.
-        tokenizer: vocabulary, merges, normalizer and chat template count.
-        flags: JSON-serialisable dict of the options that change the result.
-        sources: paths of the Python files that turn a record into tokens.
+    That is the content of the data files and their names as given (problems are reported with them), every field of
+    the encoder, of its tokenizer the chat template and all rules, the Python files of this folder, and the versions of
+    the libraries that do the work.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for path in [*files, *sources]:
-        digest.update(path.encode("utf-8", "surrogateescape") + b"\0")  # problems are reported with it
+    here = Path(__file__).parent
+    sources = sorted(here.glob("*.py"))
+    for name, path in [*zip(files, files), *((source.name, source) for source in sources)]:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
         with open(path, "rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
-    digest.update(json.dumps([flags, tokenizer.chat_template], sort_keys=True).encode())
+    rules = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(encoder)}
+    tokenizer = rules.pop("tokenizer")
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    digest.update(json.dumps([rules, tokenizer.chat_template, versions], sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
 
@@ -42,7 +50,12 @@ class TokenizedSamples(NamedTuple):
 
 
 class TokenCache:
-    """A sequence of samples {"input_ids": int32 (length,), "labels": int64 (length,)} in `folder`, and their report."""
+    """A sequence of samples {"input_ids": int32 (length,), "labels": int64 (length,)} in `folder`, and their report.
+
+    It is a dataset as mechanisms/data/datasets.py says.
+    """
+
+    fill = None
 
     def __init__(self, folder):
         self.folder = folder
@@ -50,6 +63,7 @@ class TokenCache:
             self.report = json.load(file)
         self.offsets = np.fromfile(os.path.join(folder, "offsets.int64"), dtype=np.int64)
         self.digests = np.fromfile(os.path.join(folder, "digests.uint64"), dtype=np.uint64)
+        self.lengths = np.diff(self.offsets)
         length = int(self.offsets[-1])
         shape = {"shape": (length,), "mode": "r"} if length else None  # an empty file cannot be mapped
         self.input_ids = np.memmap(os.path.join(folder, "input_ids.int32"), np.int32, **shape) if shape else []

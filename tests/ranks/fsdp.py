@@ -9,7 +9,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import mechanisms.quiet  # noqa: F401  (first: it sets what other imports read)
+from mechanisms.quiet import silence
+
+if __name__ == "__main__":  # before torch: some of it is read when that is imported
+    silence()
 
 # isort: split
 import torch
@@ -19,7 +22,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import AutoModelForCausalLM
 
 from bench.worker import padded
-from finetune import EndToEnd
+from finetune import PaddingFreeCollator
 from mechanisms.attention import WITHIN_SAMPLES
 from mechanisms.head_loss import HeadLoss
 from tests.unit.test_batches import make_samples
@@ -40,7 +43,7 @@ for name, parameter in reference.named_parameters():
     gradients[name] = parameter.grad / dist.get_world_size()
 
 for version in (1, 2):
-    model, batch = load(WITHIN_SAMPLES), EndToEnd()(samples)
+    model, batch = load(WITHIN_SAMPLES), PaddingFreeCollator()(samples)
     whole = sum(parameter.numel() for parameter in model.parameters())
     head = HeadLoss(model)
     if version == 1:

@@ -253,8 +253,8 @@ def test_ranks_that_fail_and_are_killed_change_no_number(start, start_on_two_nod
     in_the_way.rmdir()
     assert complete(out) == [5]
     run.wait_until(lambda: 10 in complete(out))
-    assert f"Going on from {out / 'checkpoint-5'}" in run.output
-    assert f"{out / 'checkpoint-10'} is passed over" in run.output
+    assert f"Resuming from {out / 'checkpoint-5'}" in run.output
+    assert f"{out / 'checkpoint-10'} is skipped" in run.output
     assert run.output.count("Traceback") == 1 and run.output.count("Is a directory") == 1
     workers_of(run)[1].kill()
     output = run.ends(128 + signal.SIGKILL, seconds=60)
@@ -268,7 +268,7 @@ def test_ranks_that_fail_and_are_killed_change_no_number(start, start_on_two_nod
     workers_of(nodes[1])[1].kill()
     output = nodes[0].ends(0)
     nodes[1].ends(0)
-    first, second = re.findall(r"^Going on from .*checkpoint-(\d+)$", output, re.MULTILINE)
+    first, second = re.findall(r"^Resuming from .*checkpoint-(\d+)$", output, re.MULTILINE)
     assert int(first) == newest and int(second) > newest and output.count("Done:") == 1
     assert not processes_of(out)
     assert numbers(out) == numbers(undisturbed[0])
@@ -299,7 +299,7 @@ def test_one_process_killed_and_interrupted(start, make_model, cache_dir, folder
 
     newest = complete(out["killed"])[-1]
     again, undisturbed = start(command["killed"]), start(command["undisturbed"])
-    assert f"Going on from {out['killed'] / f'checkpoint-{newest}'}" in again.ends(0)
+    assert f"Resuming from {out['killed'] / f'checkpoint-{newest}'}" in again.ends(0)
     undisturbed.ends(0)
     assert numbers(out["killed"]) == numbers(out["undisturbed"])
     check_adapter(out["killed"])

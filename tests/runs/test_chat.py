@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig
 import chat
 import merge_lora
 from mechanisms.errors import UserError
+from mechanisms.loading import load_to_answer
 
 ROOT = Path(chat.__file__).parent
 
@@ -65,7 +66,7 @@ def test_a_model_without_template_and_end_token(make_model, tmp_path, talk):
     (folder / "chat_template.jinja").unlink()
     _, errors, code = talk(folder, "--message", "Hello", "--max_new_tokens", 3)
     assert "has no chat template; it gets Qwen's ChatML" in errors and "(cut after 3 tokens" in errors and code == 0
-    model, tokenizer = chat.load(str(folder))
+    model, tokenizer = load_to_answer(str(folder))
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
 
 
@@ -110,7 +111,7 @@ def test_a_model_that_lacks_weights_is_not_filled_up_with_random_numbers(make_mo
 
 def test_sampling_flags(make_model):
     def settings(*flags, **saved):
-        model, tokenizer = chat.load(str(make_model()))
+        model, tokenizer = load_to_answer(str(make_model()))
         model.generation_config.update(**saved)
         _, _, sampling = chat.parse_arguments(["model", *flags])
         return chat.Conversation(model, tokenizer, sampling).model.generation_config
@@ -270,7 +271,7 @@ def test_what_the_model_hears(make_model, monkeypatch, capsys):
         streamer.put(torch.tensor(tokenizer.encode("Some words and")))
         raise KeyboardInterrupt
 
-    model, tokenizer = chat.load(str(make_model()))
+    model, tokenizer = load_to_answer(str(make_model()))
     monkeypatch.setattr(model, "generate", generate)
     monkeypatch.setattr("builtins.input", typed)
     talk = chat.Conversation(model, tokenizer, {})

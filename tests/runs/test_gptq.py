@@ -146,7 +146,7 @@ def test_q_lora_on_gptq_after_and_before_other_models_in_one_process(train, quan
     for method in ("--use_lora", "--q_lora"):  # NF4
         train(make_model(base=False), tmp_path / method, method, "--max_steps", 1)
     written = "".join(capfd.readouterr())
-    assert "Going on from" in written
+    assert "Resuming from" in written
     for noise in ("INFO", "loss_type", "multiple devices", "▓", "Extension load"):
         assert noise not in written
 

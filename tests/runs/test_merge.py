@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_utils
 
-import chat
 import merge_lora
 from mechanisms.errors import UserError
+from mechanisms.loading import load_to_answer
 from mechanisms.serving import modelfile
 
 ROOT = Path(merge_lora.__file__).parent
@@ -232,7 +232,7 @@ def test_a_kill_leaves_no_folder_that_looks_complete(make_adapter, tmp_path, tau
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
         assert [path.name for path in tmp_path.iterdir()] == ([] if function == "save" else ["merged.unfinished"])
         with pytest.raises(UserError, match="no such folder"):
-            chat.load(str(out))
+            load_to_answer(str(out))
     merge(make_adapter("lora"), out, *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"] and answer(out, taught[0][0]) == taught[0][1]
 

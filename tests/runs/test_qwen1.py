@@ -30,6 +30,7 @@ from examples.make_tiny_model import EXAMPLES, example_texts, make_tokenizer, st
 from mechanisms import qwen1
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
+from mechanisms.paths import source_name
 from tests.ranks.test_strategies import torchrun
 
 LAYERS, WIDTH = 2, 64
@@ -131,7 +132,7 @@ def original(ranks, tensors, tmp_path_factory):
 
 @pytest.fixture
 def convert(cache_dir):
-    return lambda folder: qwen1.standard_folder(str(folder), str(cache_dir))
+    return lambda folder: qwen1.convert_if_qwen1(str(folder), str(cache_dir))
 
 
 def encoding(ranks):
@@ -177,7 +178,7 @@ def test_the_same_network_bit_by_bit(original, network, convert, form, files, ca
 def test_a_large_file_is_written_in_parts(original, network, tmp_path, monkeypatch):
     limit = network.lm_head.weight.nbytes  # of the largest tensor
     monkeypatch.setattr(qwen1, "SHARD_SIZE", limit)
-    folder = Path(qwen1.standard_folder(str(original()), str(tmp_path)))
+    folder = Path(qwen1.convert_if_qwen1(str(original()), str(tmp_path)))
     sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in folder.glob("*.safetensors")]
     assert len(sizes) == 4 and max(sizes) == limit and sum(sizes) == sum(p.nbytes for p in network.parameters())
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
@@ -275,9 +276,9 @@ def test_a_name_on_the_hub(original, cache_dir, tmp_path, monkeypatch):
     shutil.copytree(original(), tmp_path / "models--Qwen--Qwen-mini-Chat" / "snapshots" / "0123456789abcdef")
     (tmp_path / "models--Qwen--Qwen-mini-Chat" / "refs").mkdir()
     (tmp_path / "models--Qwen--Qwen-mini-Chat" / "refs" / "main").write_text("0123456789abcdef")
-    folder = qwen1.standard_folder("Qwen/Qwen-mini-Chat", str(tmp_path))
-    assert os.path.basename(folder) == "Qwen-mini-Chat" and qwen1.source_name(folder) == "Qwen/Qwen-mini-Chat"
-    assert qwen1.standard_folder("Qwen/nowhere", str(tmp_path)) == "Qwen/nowhere"
+    folder = qwen1.convert_if_qwen1("Qwen/Qwen-mini-Chat", str(tmp_path))
+    assert os.path.basename(folder) == "Qwen-mini-Chat" and source_name(folder) == "Qwen/Qwen-mini-Chat"
+    assert qwen1.convert_if_qwen1("Qwen/nowhere", str(tmp_path)) == "Qwen/nowhere"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,11 +300,11 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(original, tmp_path,
     source = original(files=3)
     for victim in ("save_file", "_generation_config"):  # after one file of weights, and after all of them
         monkeypatch.setattr(qwen1, victim, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        assert in_processes(1, lambda _: qwen1.standard_folder(str(source), str(tmp_path))) == [-signal.SIGKILL]
+        assert in_processes(1, lambda _: qwen1.convert_if_qwen1(str(source), str(tmp_path))) == [-signal.SIGKILL]
         monkeypatch.undo()
         assert [path.parent.name for path in tmp_path.rglob("config.json")
                 if not path.parent.name.endswith(".unfinished")] == []
-    folder = qwen1.standard_folder(str(source), str(tmp_path))
+    folder = qwen1.convert_if_qwen1(str(source), str(tmp_path))
     assert len(os.listdir(os.path.dirname(folder))) == 2 and AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -312,7 +313,7 @@ def test_of_many_at_once_one_writes(original, tmp_path):
 
     def run(index):
         with open(tmp_path / str(index), "w") as out, contextlib.redirect_stdout(out):
-            print(qwen1.standard_folder(str(source), str(cache)))
+            print(qwen1.convert_if_qwen1(str(source), str(cache)))
 
     assert in_processes(4, run) == [0] * 4
     said = [(tmp_path / str(index)).read_text().splitlines() for index in range(4)]
@@ -374,7 +375,7 @@ def broken(case, make, tensors):
     ("heads", "no kv_channels 16"), ("keys", "it has no 'kv_channels'")])
 def test_faults_are_named_and_nothing_is_left(case, message, original, tensors, tmp_path):
     with pytest.raises(UserError) as error:
-        qwen1.standard_folder(str(broken(case, original, tensors)), str(tmp_path))
+        qwen1.convert_if_qwen1(str(broken(case, original, tensors)), str(tmp_path))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
@@ -382,10 +383,10 @@ def test_faults_are_named_and_nothing_is_left(case, message, original, tensors, 
 def test_no_place_to_write(original, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
     with pytest.raises(UserError, match="cannot be written .* needs 0.0 GB, and there are 0.0 GB free. --cache_dir"):
-        qwen1.standard_folder(str(original()), str(tmp_path))
+        qwen1.convert_if_qwen1(str(original()), str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written .* Not a directory"):
-        qwen1.standard_folder(str(original()), str(tmp_path / "file"))
+        qwen1.convert_if_qwen1(str(original()), str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("program", ["finetune", "chat", "merge", "quantize"])
@@ -533,7 +534,7 @@ def home(tmp_path_factory):
 def real(real_data, home):
     """{name: standard folder} of the real checkpoints."""
     folders = {name: real_data / "checkpoints" / name for name in ("Qwen-tiny-Chat", "Qwen-tiny-Chat-Int4")}
-    return {name: Path(qwen1.standard_folder(str(folder))) for name, folder in folders.items()}
+    return {name: Path(qwen1.convert_if_qwen1(str(folder))) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("name, tolerance", [("Qwen-tiny-Chat", 1e-5), ("Qwen-tiny-Chat-Int4", 1e-3)])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import finetune
 from bench.worker import padded
 from examples.make_tiny_model import EXAMPLES
-from finetune import IGNORED, EndToEnd
+from finetune import IGNORED, PaddingFreeCollator
 from mechanisms import head_loss, memory
 from mechanisms.attention import WITHIN_SAMPLES
 from mechanisms.data.packing import best_fit_decreasing
@@ -53,7 +53,7 @@ def assert_same_as_padded(model, reference, samples):
     """Returns the batch without padding."""
     expected = reference(**padded(samples)).loss
     expected.backward()
-    batch = EndToEnd()(samples)
+    batch = PaddingFreeCollator()(samples)
     with HeadLoss(model).computing(batch["shift_labels"]):
         loss = model(**batch).loss
     loss.backward()
@@ -98,7 +98,7 @@ def test_loss_and_gradients_of_padded_batches(make_pair, head, tied, monkeypatch
 
 def test_the_batch_is_right_for_the_stock_model_too(make_pair):
     _, reference = make_pair()
-    batch, samples = EndToEnd()(make_samples([40, 3, 17])), make_samples([40, 3, 17])
+    batch, samples = PaddingFreeCollator()(make_samples([40, 3, 17])), make_samples([40, 3, 17])
     reference.set_attn_implementation("sdpa")
     reference.config.use_cache = False  # with a cache transformers takes the row for one sequence
     assert reference(**batch).loss.item() == pytest.approx(reference(**padded(samples)).loss.item(), rel=1e-5)
@@ -111,7 +111,7 @@ def test_label_smoothing(make_pair):
     logits = reference(**{**batch, "labels": None}).logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
     expected.backward()
-    batch = EndToEnd()(samples)
+    batch = PaddingFreeCollator()(samples)
     with HeadLoss(model, label_smoothing=0.1).computing(batch["shift_labels"]):
         loss = model(**batch).loss
     loss.backward()
@@ -125,7 +125,7 @@ def test_samples_of_a_row_do_not_see_each_other(make_pair):
     second[1] = make_samples([9], seed=5)[0]
     outputs = []
     for samples in (first, second):
-        batch = EndToEnd()(samples)
+        batch = PaddingFreeCollator()(samples)
         batch["logits_to_keep"] = torch.arange(59)
         outputs.append(model(**{**batch, "labels": None}).logits[0])
     same = (outputs[0] == outputs[1]).all(dim=1)
@@ -218,7 +218,7 @@ def test_eval_loss_is_the_mean_over_tokens(train, batch):
     trainer = train("--eval_ratio", 0.3, "--max_steps", 1, "--per_device_eval_batch_size", batch)
     total = tokens = 0
     for sample in trainer.eval_dataset:
-        row = EndToEnd()([sample])
+        row = PaddingFreeCollator()([sample])
         with torch.no_grad():
             total += trainer.model(**row).loss.item() * row["shift_labels"].numel()
         tokens += row["shift_labels"].numel()

@@ -20,7 +20,7 @@ SURE = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000 
 def encoders(tokenizer):
     """(by Rust, by tiktoken)"""
     fast = TextEncoder(tokenizer)
-    fast.hasten()
+    fast.prepare_tiktoken()
     assert fast.tiktoken
     return TextEncoder(tokenizer), fast
 
@@ -115,5 +115,5 @@ def test_other_rules_are_left_to_rust(tiny, change):
         backend_tokenizer = Tokenizer.from_str(json.dumps(rules))
 
     encoder = TextEncoder(Changed)
-    encoder.hasten()
+    encoder.prepare_tiktoken()
     assert encoder.tiktoken is None
