@@ -425,6 +425,7 @@ def train(argv):
 def main(argv):
     with user_errors_end_the_program():
         train(argv)
+        strategies.leave_ranks()
 
 
 if __name__ == "__main__":

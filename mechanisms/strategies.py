@@ -154,3 +154,9 @@ def join_ranks(training_args):
 
         deepspeed.init_distributed("gloo" if training_args.use_cpu else "nccl")
     return training_args.device
+
+
+def leave_ranks():
+    """At the end of a program: an interpreter that ends while its connections are open may abort, after all was done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
