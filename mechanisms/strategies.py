@@ -157,6 +157,6 @@ def join_ranks(training_args):
 
 
 def leave_ranks():
-    """At the end of a program: an interpreter that ends while its connections are open may abort, after all was done."""
+    """At the end of a program: an interpreter that ends with open connections may abort, after all was done."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
