@@ -71,8 +71,8 @@ def test_an_old_python_is_refused_before_anything_is_made(repository, place):
 
 def test_an_environment_that_cannot_be_made_leaves_nothing(repository):
     """As on Debian without python3-venv, which makes the half without pip, says what to install, and fails."""
-    broken = write_python(repository / "python", '[ "$2" != venv ] || { mkdir -p .venv/bin; cp "$0" .venv/bin; exit 1; }')
-    done = run(repository, MAKE, broken)
+    half = '[ "$2" != venv ] || { mkdir -p .venv/bin; cp "$0" .venv/bin; exit 1; }'
+    done = run(repository, MAKE, write_python(repository / "python", half))
     assert done.returncode == 2 and "cannot make .venv" in done.stderr and not (repository / ".venv").exists()
 
 
