@@ -55,6 +55,21 @@ def cache_dir(tmp_path_factory):
 
 
 @pytest.fixture
+def train(make_model, cache_dir, tmp_path):
+    """train(*flags) -> Trainer of a run on the examples, every step logged, nothing saved on the way."""
+    import finetune
+    from examples.make_tiny_model import EXAMPLES
+
+    def run(*flags):
+        return finetune.train([str(word) for word in (
+            "--model_name_or_path", make_model(), "--data_path", EXAMPLES / "data", "--cache_dir", cache_dir,
+            "--output_dir", tmp_path / "out", "--per_device_train_batch_size", 2, "--logging_steps", 1,
+            "--save_strategy", "no", "--model_max_length", 256, "--learning_rate", "1e-3", *flags)])
+
+    return run
+
+
+@pytest.fixture
 def wait_for():
     """wait_for(process, line): until it prints a line that begins so, or with None until it imports libraries."""
 
