@@ -198,7 +198,7 @@ def prepare(argv):
     """The data as `train(argv)` would train on it: (tokenizer, train dataset, eval dataset or None, reports).
 
     For notebooks and inspection. No weights are loaded (those of a Qwen-1 model are converted on disk first). Items of
-    the datasets are dicts with "input_ids" (int32) and "labels" (int64, IGNORED where nothing is trained), both of
+    the datasets are dicts with "input_ids" and "labels" (IGNORED where nothing is trained), both int32 of
     shape (tokens,); reports are {"train": DataReport, "eval": DataReport} of the files read. Raises UserError.
     """
     argv = [*prepare_command_line(__file__, argv), "--deepspeed", "none"]  # which would look for other processes

@@ -49,7 +49,7 @@ def before_training(model, training_args, lora_args, dataset):
 
 def _per_step(training_args, dataset):
     items = items_per_step(training_args)
-    if not hasattr(dataset, "fill"):
+    if dataset.fill is None:
         return [("samples per step", items)]
     samples = len(dataset.dataset)
     return [("rows", f"{len(dataset):,} of {training_args.model_max_length:,} tokens, {dataset.fill:.1%} filled with "

@@ -136,7 +136,7 @@ class LazyConversations:
 
     def __getitem__(self, index):
         sample = self.encoder(self.conversations[index])
-        return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels)}
+        return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels, np.int32)}
 
 
 class Subset:
