@@ -30,6 +30,15 @@ def real_data():
     return Path(REAL_DATA)
 
 
+@pytest.fixture(scope="module", params=REAL_TOKENIZERS)
+def real(request, real_data):
+    """(name, tokenizer, ConversationEncoder), for each of REAL_TOKENIZERS in turn."""
+    from finetune import ConversationEncoder, load_tokenizer
+
+    tokenizer = load_tokenizer(str(real_data / "tokenizers" / request.param))
+    return request.param, tokenizer, ConversationEncoder(tokenizer, max_length=8192)
+
+
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
     """make_model(**arguments of make_tiny_model) -> folder; each kind is made once."""
