@@ -70,7 +70,7 @@ class Problems:
             advice = ""
             if self.rejected:
                 rows = "1 record" if len(self.rejected) == 1 else f"{len(self.rejected)} records"
-                advice = (f"\n{rows} rejected. Mend the data, or leave such records out with "
+                advice = (f"\n{rows} rejected. Fix the data, or leave such records out with "
                           f"--skip_bad_rows {len(self.rejected)} (they are then listed in rejected.jsonl).")
             raise UserError(f"the data cannot be used as it is:\n{self.report()}{advice}")
 
