@@ -3,6 +3,7 @@
 import collections
 
 from mechanisms.console import table
+from mechanisms.data.encoder import IGNORED, Sample
 from mechanisms.data.records import Problems
 
 
@@ -14,11 +15,11 @@ class DataReport:
         self.notices = collections.Counter()  # what was left out or changed in usable records, and how often
         self.left_out = collections.Counter()  # records that are not trained on, by reason
         self.kept = self.truncated = self.tokens = self.trained = self.longest = 0
-        self.seen = set()
+        self.seen: set[int] = set()  # digests of conversations
         self.duplicates = 0
         self.counts_tokens = True
 
-    def count(self, sample, digest):
+    def count(self, sample: Sample | None, digest: int) -> bool:
         """Count an encoded sample; True if it is kept. sample=None: kept, but not tokenized yet (lazy)."""
         if sample is None:
             self.counts_tokens = False
@@ -28,14 +29,14 @@ class DataReport:
         else:
             self.truncated += sample.outcome == "truncated"
             self.tokens += len(sample.input_ids)
-            self.trained += len(sample.labels) - 1 - sample.labels[1:].count(-100)
+            self.trained += len(sample.labels) - 1 - sample.labels[1:].count(IGNORED)
             self.longest = max(self.longest, len(sample.input_ids))
         self.kept += 1
         self.duplicates += digest in self.seen
         self.seen.add(digest)
         return True
 
-    def add(self, other):
+    def add(self, other: "DataReport") -> None:
         """Count what another report has counted, of other records of the same data set."""
         self.problems.extend(other.problems)
         self.notices.update(other.notices)
@@ -46,12 +47,12 @@ class DataReport:
         self.duplicates += other.duplicates + len(self.seen & other.seen)
         self.seen |= other.seen
 
-    def to_json(self):
+    def to_json(self) -> dict:
         fields = {name: value for name, value in vars(self).items() if name not in ("problems", "seen")}
         return {**fields, "rejected": self.problems.rejected, "fatal": self.problems.fatal}
 
     @classmethod
-    def from_json(cls, fields):
+    def from_json(cls, fields: dict) -> "DataReport":
         report = cls()
         report.problems.rejected, report.problems.fatal = fields.pop("rejected"), fields.pop("fatal")
         fields["notices"] = collections.Counter(fields["notices"])
@@ -59,7 +60,7 @@ class DataReport:
         vars(report).update(fields)
         return report
 
-    def lines(self, title):
+    def lines(self, title: str) -> list[str]:
         rejected = len(self.problems.rejected)
         rows = [("records", self.kept + sum(self.left_out.values()) + rejected), ("kept", self.kept)]
         if rejected:

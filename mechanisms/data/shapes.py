@@ -6,6 +6,7 @@ Shapes: `messages` (role/content, OpenAI's), `conversations` (from/value, ShareG
 
 import hashlib
 import json
+from collections import Counter
 from typing import NamedTuple
 
 # Every spelling of a role met in the wild, and the role it is.
@@ -25,12 +26,12 @@ class Conversation(NamedTuple):
     trained: for each assistant message in order, whether it may be trained; digest: a 64-bit number, equal for equal
     conversations."""
 
-    messages: list
-    tools: list | None
-    trained: tuple
+    messages: list[dict]
+    tools: list[dict] | None
+    trained: tuple[bool, ...]
     digest: int
 
-    def shown(self):
+    def shown(self) -> dict:
         """What rejected.jsonl shows of it."""
         return {"messages": self.messages, "tools": self.tools, "trained": self.trained}
 
@@ -39,7 +40,7 @@ class BadRecord(Exception):
     """A record that cannot be trained on. args[0]: list of (kind, detail)."""
 
 
-def to_conversation(record, notices):
+def to_conversation(record: object, notices: Counter[str]) -> Conversation:
     """One record of any of the three shapes -> Conversation. Raises BadRecord with all that is wrong with it."""
     if not isinstance(record, dict):
         raise BadRecord([("a record is a JSON object", f"this is {type(record).__name__}")])
@@ -91,7 +92,7 @@ def to_conversation(record, notices):
     return Conversation(messages, tools, tuple(trained), digest)
 
 
-def nearest_shape(record):
+def nearest_shape(record: dict) -> str:
     """A hint for a record of a shape like, but not quite, a known one."""
     hints = {"conversation": "conversations", "message": "messages", "dialog": "messages", "dialogue": "messages",
              "chat": "messages", "prompt": "instruction", "query": "instruction", "question": "instruction",
@@ -102,7 +103,7 @@ def nearest_shape(record):
     return found
 
 
-def alpaca_turns(record):
+def alpaca_turns(record: dict) -> list[dict]:
     """instruction/input/output, with optional system and history [[question, answer], ...] -> messages."""
     question = record["instruction"]
     if record.get("input") and isinstance(question, str) and isinstance(record["input"], str):
@@ -115,7 +116,7 @@ def alpaca_turns(record):
     return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": record.get("output")}]
 
 
-def to_message(turn, name, wrong, notices):
+def to_message(turn: object, name: str, wrong: list[tuple[str, str]], notices: Counter[str]) -> tuple[dict, bool]:
     """One turn in either spelling (role/content, from/value) -> (message, whether it may be trained)."""
     if not isinstance(turn, dict):
         wrong.append(("a message is a JSON object", f"{name} is {type(turn).__name__}"))
@@ -146,7 +147,7 @@ def to_message(turn, name, wrong, notices):
     return message, train_switch(turn, role, name, wrong)
 
 
-def to_tool_calls(calls, role, name, wrong):
+def to_tool_calls(calls: object, role: str, name: str, wrong: list[tuple[str, str]]) -> list[dict]:
     """Tool calls with their arguments as objects: templates print them as JSON, a string would be quoted twice."""
     if role != "assistant" or not isinstance(calls, list):
         wrong.append(("tool_calls are a list in an assistant message", name))
@@ -164,14 +165,15 @@ def to_tool_calls(calls, role, name, wrong):
     return result
 
 
-def parse_json(text, name, wrong):
+def parse_json(text: object, name: str, wrong: list[tuple[str, str]]) -> object:
+    """The value of a JSON text; None, and the fault added to `wrong`, if it is not one."""
     try:
         return json.loads(text)
     except (TypeError, ValueError) as error:
         wrong.append(("not valid JSON inside the record", f"{name}: {error}"))
 
 
-def train_switch(turn, role, name, wrong):
+def train_switch(turn: dict, role: str, name: str, wrong: list[tuple[str, str]]) -> bool:
     """"train", "loss" (true/false) or "weight" (0/1) of a message, all meaning the same; absent: trained."""
     switches = [turn[key] for key in ("train", "loss", "weight") if turn.get(key) is not None]
     if any(switch not in (0, 1) for switch in switches) or len(set(map(bool, switches))) > 1:

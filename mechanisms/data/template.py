@@ -1,6 +1,14 @@
 """What a chat template renders and what it silently leaves out, found by rendering probes."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import jinja2
+
+from mechanisms.data.shapes import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _CALL = {"type": "function", "function": {"name": "probename", "arguments": {}}}
 _QUESTION = {"role": "user", "content": "q"}
@@ -13,7 +21,7 @@ _PROBES = {  # part of a conversation: (messages, tools, how often "probename" m
                           None, 1)}
 
 
-def rendered_parts(tokenizer):
+def rendered_parts(tokenizer: "PreTrainedTokenizerFast") -> set[str]:
     """The parts of a conversation beyond role and content that the tokenizer's chat template renders, as a set."""
     parts = set()
     for part, (messages, tools, times) in _PROBES.items():
@@ -26,7 +34,7 @@ def rendered_parts(tokenizer):
     return parts
 
 
-def used_parts(conversation):
+def used_parts(conversation: Conversation) -> set[str]:
     """The parts of `rendered_parts` that a conversation uses."""
     parts = {"tools"} if conversation.tools else set()
     for message in conversation.messages:
@@ -36,7 +44,7 @@ def used_parts(conversation):
     return parts
 
 
-def split_thinking(message):
+def split_thinking(message: dict) -> dict:
     """`<think>...</think>` in an assistant's content as reasoning_content, which is what Qwen3's template makes of it.
 
     Done here because neutralised control tokens would keep the template from recognising them.
@@ -48,7 +56,7 @@ def split_thinking(message):
     return {**message, "reasoning_content": reasoning, "content": content.split("</think>")[-1].lstrip("\n")}
 
 
-def strings(value):
+def strings(value: object) -> Iterator[str]:
     """Every string inside a JSON value, keys of dicts included."""
     for part in _parts(value):
         if isinstance(part, str):
@@ -57,7 +65,7 @@ def strings(value):
             yield from part
 
 
-def dict_keys(value):
+def dict_keys(value: object) -> Iterator[str]:
     """Every key of every dict inside a JSON value."""
     for part in _parts(value):
         if isinstance(part, dict):
