@@ -42,7 +42,7 @@ from mechanisms.data.datasets import PackedRows, load_dataset, sample_lengths, s
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import first_line
-from mechanisms.gptq import gptqmodel_hidden
+from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
 from mechanisms.loading import check_model, load_config, load_weights
 from mechanisms.memory import checkpointing_needed
 from mechanisms.qwen1 import standard_folder
@@ -277,11 +277,8 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
         quantization = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute)
-    elif lora_args.q_lora and config.quantization_config.get("quant_method") == "gptq":
-        # Left to itself, gptqmodel takes the fastest kernel, and gradients end there without a word: Marlin's on a GPU,
-        # on a CPU that for inference, for ever, as soon as the model is evaluated before it is trained.
-        cuda = training_args.device.type == "cuda"
-        config.quantization_config["backend"] = "auto_trainable" if cuda else "gptq_torch"
+    elif is_gptq(config):
+        config.quantization_config["backend"] = trainable_backend(training_args.device)
     try:
         model = load_weights(
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
@@ -376,7 +373,7 @@ def train(argv):
     transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
     model = load_model(model_args, training_args, lora_args, config, tokenizer)
     if training_args.use_lora:
-        with gptqmodel_hidden(not hasattr(config, "quantization_config")):
+        with gptqmodel_hidden(not is_gptq(config)):
             model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)

@@ -22,10 +22,8 @@ if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is i
         COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
 
 import collections
-import contextlib
 import datetime
 import gc
-import io
 import json
 import math
 import os
@@ -34,7 +32,6 @@ import shlex
 import shutil
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -48,7 +45,7 @@ from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
 from mechanisms.data.shapes import BadRecord
 from mechanisms.errors import first_line
-from mechanisms.gptq import import_gptqmodel
+from mechanisms.gptq import GROUP_SIZES, quantize
 from mechanisms.loading import LOADING_ERRORS, load_config, load_weights
 from mechanisms.paths import check_disk, not_empty
 from mechanisms.qwen1 import source_name, standard_folder
@@ -57,7 +54,6 @@ from mechanisms.tokenizer import end_at_turns, load_tokenizer
 
 SEED = 42  # of the draw of the calibration records
 HELD_BACK = 0.1, 64  # share of the records that perplexity is measured on, and how many at most
-GROUP_SIZES = 16, 32, 64, 128, 256, 512, 1024  # what the kernels know, beside -1: one group for a whole row
 # By how much perplexity may grow, by bits. Sound models of 7B and more lose 1 % at 8 bits, 5 % at 4, a fifth at 3, and
 # grow sixfold at 2; the smallest ones lose several times as much. A broken model guesses: its perplexity is near the
 # size of its vocabulary, hundreds of times what it was.
@@ -200,55 +196,26 @@ def measure(folder, samples):
 
 
 class Progress:
-    """GPTQModel calls it after each layer: a bar on a terminal, lines with the time left in a log file."""
+    """Called after each layer: a bar on a terminal, lines with the time left in a log file."""
 
     def __init__(self, layers):
-        self.layers, self.done, self.start = layers, 0, time.time()
+        self.layers, self.start = layers, time.time()
         self.bar = tqdm(total=layers, desc="quantizing", unit=" layers") if sys.stderr.isatty() else None
 
-    def layer_complete(self, layer_idx, submodule_finalized):
-        if layer_idx < self.done:  # each is reported twice: rounded, and packed
-            return
-        self.done = layer_idx + 1
+    def __call__(self, done):
         if self.bar:
             self.bar.update()
         else:
-            left = (time.time() - self.start) / self.done * (self.layers - self.done)
-            say(f"layer {self.done}/{self.layers}  left {datetime.timedelta(seconds=round(left))}")
-
-
-def quantize(args, folder, samples, layers):
-    """Quantize the model on the samples and write weights and config into `folder`."""
-    gptqmodel = import_gptqmodel()
-    from gptqmodel.looper import loop_processor
-    from gptqmodel.utils import logger
-
-    logger._suppress_live_renderables = lambda: True  # a dozen nested bars; `Progress` says what there is to know
-    scratch = os.path.join(folder, "scratch")  # beside the result: the system's folder may be small
-    loop_processor._PROJECT_LOG_DIR = Path(scratch)  # else a folder `logs` wherever the user happens to be
-    model = gptqmodel.GPTQModel.load(args.model_name_or_path, gptqmodel.QuantizeConfig(
-        bits=args.bits, group_size=args.group_size, desc_act=args.desc_act, act_group_aware=not args.desc_act,
-        sym=True, damp_percent=0.01, offload_to_disk_path=scratch))
-    model.layer_callback = Progress(layers)
-    model.quantize([{"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)}
-                    for sample in samples], batch_size=1, calibration_data_min_length=1)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the config
-        model.save(folder)
-    shutil.rmtree(scratch, ignore_errors=True)
+            left = (time.time() - self.start) / done * (self.layers - done)
+            say(f"layer {done}/{self.layers}  left {datetime.timedelta(seconds=round(left))}")
 
 
 def complete(args, folder, tokenizer):
-    """Everything else that inference needs, and nothing that says where the model was made."""
-    for name in ("config.json", "quantize_config.json"):
-        path = os.path.join(folder, name)
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-        settings.get("quantization_config", settings)["meta"].pop("offload_to_disk_path", None)
-        if name == "config.json":
-            settings.update(use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        write(folder, name, json.dumps(settings, indent=2) + "\n")
-    if os.path.exists(log := os.path.join(folder, "quant_log.csv")):
-        os.remove(log)
+    """Everything else that inference needs."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        settings = json.load(file)
+    settings.update(use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    write(folder, "config.json", json.dumps(settings, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     try:
         generation = GenerationConfig.from_pretrained(args.model_name_or_path)
@@ -300,7 +267,8 @@ def run(argv):
     say(f"Perplexity before: {before:.4f}")
     check_disk("--out_path", unfinished, size_before)  # the layers not yet rounded and those that are
     with interrupts_end_at_once():
-        quantize(args, unfinished, samples, config.num_hidden_layers)
+        quantize(args.model_name_or_path, unfinished, samples, Progress(config.num_hidden_layers),
+                 bits=args.bits, group_size=args.group_size, desc_act=args.desc_act)
     complete(args, unfinished, tokenizer)
     gc.collect()
     after, _ = measure(unfinished, held_back)

@@ -22,21 +22,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# gptqmodel does not import on a machine with two cores unless it is told that they are enough.
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-# It prints a banner and a page of settings through this logger, and its tokenizer library sends every INFO line of
-# every library to stderr, unless the root logger has a handler: this is the one that Python uses where there is none.
-logging.getLogger("logbar").disabled = True
-logging.getLogger("tokenicer").setLevel(logging.ERROR)
-logging.getLogger().addHandler(logging.lastResort)
-# Loading its models, optimum asks the inner network for every attribute, one of which then wonders; and a map of a
-# single device is left on the model, which Trainer takes for several.
-for _logger, _words in (("transformers.modeling_utils", "`loss_type=None` was set"),
-                        ("transformers.trainer", "The model is already on multiple devices")):
-    logging.getLogger(_logger).addFilter(lambda record, words=_words: words not in record.getMessage())
-# It would compile its packing for minutes (with g++) to win one second per 16 million weights.
-os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
-
 # Bars that redraw themselves fill a log file with fragments.
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
