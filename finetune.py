@@ -46,7 +46,7 @@ from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
 from mechanisms.loading import check_model, load_config, load_weights
 from mechanisms.memory import checkpointing_needed
 from mechanisms.qwen1 import standard_folder
-from mechanisms.strategies import choose_precision
+from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
 from mechanisms.tokenizer import is_base_model, load_tokenizer
 from mechanisms.trainer import SafeTrainer
 
@@ -260,10 +260,6 @@ class EndToEnd:
 # Model and adapters
 # ---------------------------------------------------------------------------------------------------------------------
 
-def compute_dtype(training_args):
-    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
-
-
 def load_model(model_args, training_args, lora_args, config, tokenizer):
     """The model with its frozen weights in the compute precision and all weights that will be trained in fp32.
 
@@ -378,8 +374,9 @@ def train(argv):
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
     if training_args.auto_checkpointing:
-        with gptqmodel_hidden(True):
-            needed, why = checkpointing_needed(model, training_args, longest_row(train_dataset, training_args))
+        adapter = model.peft_config["default"] if training_args.use_lora else None
+        setup = memory_setup(config, adapter, training_args, lora_args)
+        needed, why = checkpointing_needed(setup, longest_row(train_dataset, training_args))
         training_args.activation_checkpointing = training_args.gradient_checkpointing = needed
         say(f"note: {why}")
     if training_args.activation_checkpointing and training_args.use_lora:

@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 WITHIN_SAMPLES = "within_samples"
+VARLEN = "varlen"  # what that does on a GPU, on any device: for tensors without content
 
 
 def within_samples(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None,
@@ -53,11 +54,17 @@ def _varlen(query, key, value, scaling, bounds, longest, sliding_window):
     """The same by the flash attention that comes with torch, for 16-bit numbers on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=window,
                        enable_gqa=True)[None]
+
+
+def _one_sample(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    tokens = query.shape[2]
+    return _varlen(query, key, value, scaling, torch.tensor([0, tokens], dtype=torch.int32), tokens, None), None
 
 
 def _mask(*, attention_mask=None, q_length, kv_length, local_size=None, **kwargs):
@@ -70,6 +77,8 @@ def _mask(*, attention_mask=None, q_length, kv_length, local_size=None, **kwargs
 
 AttentionInterface.register(WITHIN_SAMPLES, within_samples)
 AttentionMaskInterface.register(WITHIN_SAMPLES, _mask)
+AttentionInterface.register(VARLEN, _one_sample)
+AttentionMaskInterface.register(VARLEN, _mask)
 
 
 def best_attention(device):

@@ -20,8 +20,12 @@ GROUP_SIZES = 16, 32, 64, 128, 256, 512, 1024  # that its kernels know, beside -
 
 def is_gptq(config):
     """Whether a model with this config has weights quantized with GPTQ."""
+    return _settings(config).get("quant_method") == "gptq"
+
+
+def _settings(config):
     settings = getattr(config, "quantization_config", None) or {}
-    return (settings if isinstance(settings, dict) else vars(settings)).get("quant_method") == "gptq"
+    return settings if isinstance(settings, dict) else vars(settings)
 
 
 @functools.cache
@@ -102,6 +106,17 @@ def packed_weights(model):
     layers = [module for module in model.modules() if "qweight" in dict(module.named_buffers(recurse=False))]
     return sum(layer.in_features * layer.out_features + (0 if layer.bias is None else layer.bias.numel())
                for layer in layers)
+
+
+def packed_bytes(config, linear):
+    """Bytes that the weight of a linear layer takes in a GPTQ model with this config.
+
+    That is the weight itself, for each group a zero point of as many bits and a scale in fp16, and for each input the
+    number of its group.
+    """
+    settings, (outputs, inputs) = _settings(config), linear.weight.shape
+    groups = 1 if settings["group_size"] == -1 else inputs / settings["group_size"]
+    return outputs * (inputs + groups) * settings["bits"] / 8 + 2 * outputs * groups + 4 * inputs
 
 
 def quantize(path, folder, samples, layer_done, bits, group_size, desc_act):
