@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 WITHIN_SAMPLES = "within_samples"
-VARLEN = "varlen"  # what that does on a GPU, on any device: for tensors without content
+VARLEN = "varlen"  # what that does on a GPU, for tensors without content, which are on no device
 
 
 def within_samples(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None,
@@ -62,9 +62,9 @@ def _varlen(query, key, value, scaling, bounds, longest, sliding_window):
                        enable_gqa=True)[None]
 
 
-def _one_sample(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    tokens = query.shape[2]
-    return _varlen(query, key, value, scaling, torch.tensor([0, tokens], dtype=torch.int32), tokens, None), None
+def _varlen_anywhere(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None,
+                     sliding_window=None, **kwargs):
+    return _varlen(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
 
 
 def _mask(*, attention_mask=None, q_length, kv_length, local_size=None, **kwargs):
@@ -77,7 +77,7 @@ def _mask(*, attention_mask=None, q_length, kv_length, local_size=None, **kwargs
 
 AttentionInterface.register(WITHIN_SAMPLES, within_samples)
 AttentionMaskInterface.register(WITHIN_SAMPLES, _mask)
-AttentionInterface.register(VARLEN, _one_sample)
+AttentionInterface.register(VARLEN, _varlen_anywhere)
 AttentionMaskInterface.register(VARLEN, _mask)
 
 

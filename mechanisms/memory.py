@@ -211,6 +211,7 @@ def _run(setup, layers, tokens):
         saved[storage._cdata] = storage  # held, so that its address stays its own
         return tensor
 
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)  # of the samples in the row: one
     with FakeTensorMode():
         for module in network.modules():
             for name, tensor in module._parameters.items():
@@ -224,7 +225,9 @@ def _run(setup, layers, tokens):
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), \
                 torch.autocast("cpu", setup.compute, enabled=setup.compute != setup.trained), \
                 _FusedDropout() if setup.device.type == "cuda" else contextlib.nullcontext():
-            output = network.train().base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+            output = network.train().base_model(
+                input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False, cu_seq_lens_q=bounds,
+                cu_seq_lens_k=bounds, max_length_q=tokens, max_length_k=tokens)
         return (sum(storage.nbytes() for address, storage in saved.items() if address not in weights),
                 output.last_hidden_state.nbytes)
 

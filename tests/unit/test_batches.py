@@ -259,7 +259,8 @@ def test_the_estimate_of_activations_is_what_autograd_saves(train, flags, precis
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), \
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "--bf16"):
-        output = decoder.train().base_model(input_ids=row, use_cache=False)
+        output = decoder.train().base_model(input_ids=row, use_cache=False, max_length_q=tokens,
+                                            cu_seq_lens_q=torch.tensor([0, tokens]))
     real = sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
     assert output.last_hidden_state.requires_grad
     assert stored == pytest.approx(real, rel=0.1)
