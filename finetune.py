@@ -375,7 +375,7 @@ def train(argv):
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
     if training_args.auto_checkpointing:
         adapter = model.peft_config["default"] if training_args.use_lora else None
-        setup = memory_setup(config, adapter, training_args, lora_args)
+        setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
         needed, why = checkpointing_needed(setup, longest_row(train_dataset, training_args))
         training_args.activation_checkpointing = training_args.gradient_checkpointing = needed
         say(f"note: {why}")

@@ -1,7 +1,7 @@
-"""What a training run needs of a rank's memory, from a model's config alone, and whether a row's activations fit.
+"""How much memory training takes on each rank, and whether a row's activations fit or are better computed twice.
 
-Nothing is loaded and no device is touched: networks are built without content. What is not counted: fragmentation, the
-buffers of collectives, and the weights that ZeRO-3 gathers for the layer at work.
+The model's config is enough: its network is built without content, and nothing is loaded. What is not counted are
+fragmentation, the buffers of collectives, and the weights that ZeRO-3 gathers for the layers at work.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ class Setup(NamedTuple):
     """How a model is trained, as far as memory depends on it.
 
     Args:
-        config: of the model; that its weights are quantized with GPTQ is read here.
-        adapter: peft's LoraConfig, or None: all weights are trained.
-        nf4: the frozen weights of linear layers are held in 4 bits (--q_lora on a 16-bit model).
-        compute: dtype of the products and of the frozen weights.
-        trained: dtype of the trained weights and their gradients. Where it differs from `compute`, autocast casts them.
-        ranks: number of processes that share the work.
-        stage: DeepSpeed's ZeRO stage, or None without DeepSpeed. Without it several ranks are DDP.
-        offload_optimizer, offload_weights: DeepSpeed keeps these in the CPU's memory.
+        config: the model's. If its weights are quantized with GPTQ, it says so.
+        adapter: peft's LoraConfig; None: all weights are trained.
+        nf4: the linear layers' frozen weights are held in 4 bits (--q_lora on a 16-bit model).
+        compute: dtype of matrix products and of frozen weights.
+        trained: dtype of trained weights and their gradients; autocast casts them if `compute` is another one.
+        ranks: processes that share the work.
+        stage: of DeepSpeed's ZeRO; None: no DeepSpeed, and several ranks are DDP.
+        offload_optimizer, offload_weights: whether DeepSpeed keeps these in the CPU's memory.
         device: torch.device that trains.
-        optim, optim_args: as --optim and --optim_args.
+        optim, optim_args: the values of these flags.
     """
     config: PretrainedConfig
     adapter: object = None
@@ -52,12 +52,12 @@ class Setup(NamedTuple):
 
 
 class State(NamedTuple):
-    """What one rank holds from the first step to the last, in bytes."""
+    """Bytes that one rank holds from step to step."""
     weights: float
     gradients: float
     optimizer: float
-    on_cpu: float  # what was offloaded, which the device does not hold
-    notes: list[str]  # where this is a guess
+    offloaded: float  # not on the device but in the CPU's memory
+    notes: list[str]  # what had to be guessed
 
 
 def checkpointing_needed(setup, tokens):
@@ -67,7 +67,7 @@ def checkpointing_needed(setup, tokens):
     """
     if getattr(setup.config, "num_experts", None):
         return True, "gradient checkpointing is on: what a network of experts needs without it depends on the data"
-    available, state = available_bytes(setup.device), state_bytes(setup)
+    available, state = available_bytes(setup.device), training_state(setup)
     held = state.weights + state.gradients + state.optimizer + row_loss_bytes(setup, tokens)
     stored, recomputed = (held + activations for activations in activation_bytes(setup, tokens))
     needed = torch.tensor(float(stored > available * (1 - RESERVE)), device=setup.device)
@@ -87,57 +87,62 @@ def available_bytes(device):
     return psutil.virtual_memory().available / ranks_here + psutil.Process().memory_info().rss
 
 
-def state_bytes(setup):
+def training_state(setup):
     """-> State.
 
-    DeepSpeed keeps an fp32 copy of what is trained, divided among the ranks as the optimizer's state is; from stage 2
-    on the gradients are divided too, in stage 3 the weights (Rajbhandari et al., ZeRO, arXiv:1910.02054, section 5).
-    Offloaded, it keeps an fp32 gradient beside that copy as well. DDP has its buckets: the gradients a second time.
+    DeepSpeed keeps an fp32 copy of what is trained, divided among the ranks as the optimizer's state is, and if that is
+    offloaded an fp32 gradient too; from stage 2 on the gradients are divided, in stage 3 the weights (Rajbhandari et
+    al., ZeRO, arXiv:1910.02054, section 5). DDP holds the gradients a second time, in its buckets.
     """
     network, packed = _network(setup)
-    stage, ranks = setup.stage or 0, setup.ranks
-    weights = gradients = trained = 0
+    embeddings = {module.weight for module in network.modules() if isinstance(module, torch.nn.Embedding)}
+    optim, notes, deepspeed = setup.optim, [], setup.stage is not None
+    if optimizer_bytes(optim) is None:
+        notes.append(f"what --optim {optim} holds is not known here and counted as AdamW's")
+        optim = "adamw"
+    # Trainer gives embeddings 32 bits in bitsandbytes' optimizers; DeepSpeed does not let them know their weights.
+    of_embeddings = optim if deepspeed or optim.startswith("adamw_torch") else optim.replace("8bit", "32bit")
+    weights = gradients = copies = moments = 0
     for parameter in network.parameters():
         weights += packed.get(parameter, parameter.nbytes)
         if parameter.requires_grad:
-            trained += parameter.numel()
             gradients += parameter.nbytes
-    moments, notes = optimizer_bytes(setup.optim, setup.optim_args), []
-    if moments is None:
-        moments = optimizer_bytes("adamw")
-        notes.append(f"what --optim {setup.optim} keeps is not known here, and counted as AdamW's")
-    weights /= ranks if stage == 3 else 1
-    gradients *= 1 / ranks if stage >= 2 else 2 if setup.stage is None and ranks > 1 else 1
-    optimizer = trained * moments
-    if setup.stage is not None:
-        optimizer = trained * (moments + (8 if setup.offload_optimizer else 4)) / (ranks if stage else 1)
-    on_cpu = 0
+            copies += deepspeed * (8 if setup.offload_optimizer else 4) * parameter.numel()
+            moments += parameter.numel() * optimizer_bytes(
+                of_embeddings if parameter in embeddings else optim, setup.optim_args)
+    if setup.ranks > 1:
+        weights /= setup.ranks if setup.stage == 3 else 1
+        gradients *= 2 if not deepspeed else 1 / setup.ranks if setup.stage >= 2 else 1
+        copies, moments = (held / (setup.ranks if setup.stage else 1) for held in (copies, moments))
+    offloaded = 0
     if setup.device.type != "cpu":
-        if setup.offload_optimizer or setup.optim.startswith("paged"):  # the driver moves pages out where there is need
-            optimizer, on_cpu = 0, optimizer
         if setup.offload_weights:
-            weights, on_cpu = 0, on_cpu + weights
-    return State(weights, gradients, optimizer, on_cpu, notes)
+            weights, offloaded = 0, weights
+        if setup.offload_optimizer or optim.startswith("paged"):  # pages leave the device where it has no room
+            moments, offloaded = 0, offloaded + moments
+        if setup.offload_optimizer:
+            copies, offloaded = 0, offloaded + copies
+    return State(weights, gradients, copies + moments, offloaded, notes)
 
 
 def optimizer_bytes(optim, optim_args=None):
-    """Bytes that an optimizer, by its name for --optim, keeps per trained weight. None: not known here.
+    """Bytes that the optimizer of --optim and --optim_args holds per trained weight; None: not known here.
 
-    Tensors as large as the weights, by the sources of torch, transformers and bitsandbytes: Adam has two moments,
-    AdEMAMix three, Lion, Adagrad and RMSprop one, SGD none, and the last two one more with momentum. Adafactor has a sum
-    per row and column, next to nothing. They are in fp32; in 8 and 4 bits bitsandbytes and torchao add one fp32 scale
-    to each 256 values (and leave tensors of less than 4,096 in fp32).
+    From the sources of torch, transformers, bitsandbytes and torchao: numbers per weight, in fp32 or in 8 or 4 bits and
+    one fp32 scale for 256 of them (tensors below 4,096 stay in fp32). Adam has two moments, AdEMAMix three, Lion,
+    Adagrad and RMSprop one, SGD none; SGD and RMSprop have one more with momentum. Adafactor's sums of rows and columns
+    are next to nothing.
     """
-    kinds = {"adam": 2, "ademamix": 3, "lion": 1, "adagrad": 1, "rmsprop": 1, "sgd": 0, "adafactor": 0}
-    kind = next((kind for kind in kinds if optim.removeprefix("paged_").startswith(kind)), None)
-    if kind is None:
+    numbers = {"adam": 2, "ademamix": 3, "lion": 1, "adagrad": 1, "rmsprop": 1, "sgd": 0, "adafactor": 0}
+    name = next((name for name in numbers if optim.removeprefix("paged_").startswith(name)), None)
+    if name is None:
         return None
-    tensors = kinds[kind] + (kind in ("sgd", "rmsprop") and "momentum=" in (optim_args or ""))
-    return tensors * (1 + 4 / 256 if "8bit" in optim else 1 / 2 + 4 / 256 if "4bit" in optim else 4)
+    momentum = name in ("sgd", "rmsprop") and "momentum=" in (optim_args or "")
+    return (numbers[name] + momentum) * (1 + 4 / 256 if "8bit" in optim else 1 / 2 + 4 / 256 if "4bit" in optim else 4)
 
 
 def row_loss_bytes(setup, tokens):
-    """The most that the loss of one row takes, which is at the end of the forward pass, if all its tokens are trained."""
+    """The most that the loss of a row takes, if all its tokens are trained: when its activations are all there."""
     return loss_bytes(_network(setup, 1)[0], tokens, setup.compute, setup.device.type)
 
 
@@ -146,10 +151,6 @@ def activation_bytes(setup, tokens):
 
     Counted, not computed from a formula: the network runs with one and with two layers, on short and on longer rows, on
     tensors that have no content, and all that autograd saves is added up. It grows linearly with layers and tokens.
-
-    With checkpointing that is the input of each layer and the one layer at work. What does not grow with the row are
-    copies of trained weights: autocast keeps those of all layers until the forward pass ends, checkpointed or not.
-    Beside that GPTQ's kernel unpacks the weights of a layer, and autograd keeps what it made of them.
     """
     short, long = 128, 256
     runs = {(layers, length): _run(setup, layers, length) for layers in (1, 2) for length in (short, long)}
@@ -161,19 +162,20 @@ def activation_bytes(setup, tokens):
     def layer(tokens):
         return at(tokens, 2) - at(tokens, 1)
 
-    layers = setup.config.num_hidden_layers
-    unpacked = 0
-    if gptq.is_gptq(setup.config):
+    layers, unpacked = setup.config.num_hidden_layers, 0
+    if gptq.is_gptq(setup.config):  # the kernel unpacks a layer's weights, and autograd keeps what it made of them
         unpacked = sum(weight.numel() for weight in _network(setup, 1)[1]) * setup.compute.itemsize
+    # Checkpointed, there are the inputs of all layers and the one layer at work. What does not grow with the row are
+    # copies of trained weights: autocast keeps those of all layers until the forward pass ends.
     inputs = layers * tokens * runs[1, long][1] / long
     return (at(tokens, 1) + (layers - 1) * layer(tokens) + layers * unpacked,
             at(tokens, 1) + (layers - 1) * layer(0) + inputs + unpacked)
 
 
 def _network(setup, layers=None):
-    """-> (the network as it is trained, without content, {each weight that is held packed: its bytes}).
+    """(the network as it is trained, on the meta device, {weight that is held in fewer bits: its bytes}).
 
-    layers: how many of its layers; None is all.
+    layers: how many of its layers; None: all.
     """
     config = copy.deepcopy(setup.config)
     on_gpu = setup.device.type == "cuda" and setup.compute.itemsize == 2
@@ -189,7 +191,7 @@ def _network(setup, layers=None):
             if isinstance(module, torch.nn.Linear) and module is not head:
                 if gptq.is_gptq(config):
                     packed[module.weight] = gptq.packed_bytes(config, module)
-                elif setup.nf4:  # half a byte, a byte for 64 of them, and a float for 256 of these
+                elif setup.nf4:  # half a byte, a byte more for 64 of them, a float for 256 of these bytes
                     packed[module.weight] = module.weight.numel() * (1 / 2 + 1 / 64 + 4 / 64 / 256)
         if setup.adapter:
             from peft import get_peft_model

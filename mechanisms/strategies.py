@@ -70,15 +70,15 @@ def strategy_name(training_args):
     return "FSDP" if training_args.fsdp else "DDP" if training_args.world_size > 1 else "one process"
 
 
-def memory_setup(config, adapter, training_args, lora_args):
-    """What `mechanisms.memory` asks about a run. adapter: peft's LoraConfig or None."""
+def memory_setup(config, adapter, nf4, training_args):
+    """-> `mechanisms.memory.Setup`, which explains config, adapter and nf4. FSDP is taken for DDP, which needs more."""
     compute, deepspeed = compute_dtype(training_args), _deepspeed(training_args)
     zero = deepspeed.config.get("zero_optimization", {}) if deepspeed else {}
     optim = training_args.optim.value
     if deepspeed and "optimizer" in deepspeed.config:
         optim = deepspeed.config["optimizer"]["type"].lower()
     return Setup(
-        config=config, adapter=adapter, nf4=lora_args.q_lora, compute=compute,
+        config=config, adapter=adapter, nf4=nf4, compute=compute,
         trained=compute if deepspeed else torch.float32,  # DeepSpeed keeps its own fp32 copy
         ranks=training_args.world_size, stage=zero.get("stage", 0) if deepspeed else None,
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
