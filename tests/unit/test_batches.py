@@ -177,8 +177,8 @@ def test_the_estimate_of_activations_is_what_autograd_saves(train, flags, precis
     """Against all that is saved in a real step, counted the same way."""
     estimates = []
 
-    def count_and_decide(model, training_args, tokens):
-        estimates.append((tokens, *memory.activation_bytes(model, training_args, tokens)))
+    def count_and_decide(setup, tokens):
+        estimates.append((tokens, *memory.activation_bytes(setup, tokens)))
         return False, "counted"
 
     monkeypatch.setattr(finetune, "checkpointing_needed", count_and_decide)
@@ -197,7 +197,8 @@ def test_the_estimate_of_activations_is_what_autograd_saves(train, flags, precis
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), \
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "--bf16"):
-        output = decoder.train().base_model(input_ids=row, use_cache=False)
+        output = decoder.train().base_model(input_ids=row, use_cache=False, max_length_q=tokens,
+                                            cu_seq_lens_q=torch.tensor([0, tokens]))
     real = sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
     assert output.last_hidden_state.requires_grad
     assert stored == pytest.approx(real, rel=0.1)
@@ -207,7 +208,7 @@ def test_gradient_checkpointing_auto(train, monkeypatch, capsys):
     trainer = train("--max_steps", 1, "--use_lora")
     assert "gradient checkpointing is off" in capsys.readouterr().out
     assert not trainer.model.get_base_model().model.layers[0].gradient_checkpointing
-    monkeypatch.setattr(memory, "available_bytes", lambda training_args: 1e6)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1e6)
     trainer = train("--max_steps", 1, "--use_lora")
     assert "gradient checkpointing is on" in capsys.readouterr().out
     assert trainer.model.get_base_model().model.layers[0].gradient_checkpointing
