@@ -5,6 +5,7 @@ Nothing of the script runs, so that torch and transformers need not be imported,
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -50,11 +51,12 @@ class Flag(NamedTuple):
         return f"{', '.join(others)} or {last}" if others else last
 
 
+@functools.cache
 def read_flags(script):
     """{class name: [Flag]} of the script's `*Arguments` dataclasses.
 
-    If one of them inherits from transformers.TrainingArguments, the flags of that come first, under TRAINER; UserError
-    if transformers is not installed.
+    If one of them inherits from transformers.TrainingArguments, the other flags of that are under TRAINER. UserError if
+    transformers is not installed then.
     """
     classes = _arguments_classes(_parsed(script))
     if not any("TrainingArguments" in ast.unparse(base) for node in classes for base in node.bases):
@@ -69,9 +71,11 @@ def read_flags(script):
     for node in source.body:
         if isinstance(node, ast.ImportFrom) and os.path.isfile(neighbour := os.path.join(folder, f"{node.module}.py")):
             enums |= _enums(_parsed(neighbour))
-    inherited = [flag for node in _arguments_classes(source) for flag in _flags(node, enums)
-                 if flag.name not in PUBLIC.values()]
-    return {TRAINER: inherited, **{node.name: _flags(node, enums) for node in classes}}
+    groups = {node.name: _flags(node, enums) for node in classes}
+    declared = {flag.name for flags in groups.values() for flag in flags} | set(PUBLIC.values())
+    groups[TRAINER] = [flag for node in _arguments_classes(source) for flag in _flags(node, enums)
+                       if flag.name.removeprefix("no_") not in declared]
+    return groups
 
 
 def read_docstring(script):
@@ -144,18 +148,19 @@ def _literal(node):
 def print_help(script):
     """The script's docstring, then its flags by dataclass, at most as wide as the terminal (80 without one)."""
     width = min(shutil.get_terminal_size().columns, 110)
-    groups = read_flags(script)
     print(_narrow(read_docstring(script), width))
-    inherited = {flag.public for flag in groups.pop(TRAINER, ()) if flag.shown}
-    for group, flags in groups.items():
+    others = []
+    for group, flags in read_flags(script).items():
+        if group == TRAINER:
+            others = sorted(flag.public for flag in flags if flag.shown)
+            continue
         print(f"\n{group.removesuffix('Arguments')}:")
         for flag in flags:
             if flag.shown:
                 print(*_described(flag, width), sep="\n")
-    inherited -= {flag.public for flags in groups.values() for flag in flags}
-    if inherited:
+    if others:
         print("\nEvery other flag of transformers.TrainingArguments works as well:")
-        print(textwrap.fill(", ".join(sorted(inherited)), width, initial_indent="  ", subsequent_indent="  "))
+        print(textwrap.fill(", ".join(others), width, initial_indent="  ", subsequent_indent="  "))
 
 
 def _described(flag, width):

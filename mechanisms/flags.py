@@ -11,13 +11,13 @@ Beside what argparse knows, the metadata of a field may say:
 
 import difflib
 import glob
-import json
 import os
 import re
 import signal
 import sys
 from typing import NamedTuple
 
+from mechanisms.config_file import CONFIG_FILE, VARIABLE, read_config
 from mechanisms.declarations import METADATA, PUBLIC, TRAINER, Flag, print_help, read_flags
 from mechanisms.errors import UserError
 from mechanisms.hints import what_to_write
@@ -26,9 +26,8 @@ from mechanisms.paths import could_be_on_the_hub, deepspeed_file
 # Flags of the original scripts that transformers 5 knows under another name. They are read as the new name, and said.
 RENAMED = {"evaluation_strategy": "eval_strategy",
            "warmup_ratio": "warmup_steps"}  # transformers 5: a value below 1 is a share of all steps
-CONFIG_FILE = (".yaml", ".yml", ".json")
+DASHES = "-–—"  # text programs make the second and third of "--"
 BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of HfArgumentParser, in any case
-VARIABLE = re.compile(r"\$\{(\w+)\}")  # in a config file
 NEXT_LINE = "\n       "  # as deep as "error: "
 
 
@@ -39,6 +38,9 @@ class Given(NamedTuple):
     values: list[str]
     written: str  # as it stands there: "--learning-rate"
     place: str = ""  # of a flag in a file: "run.yaml: "
+
+    def __str__(self):
+        return self.place + self.written
 
 
 def prepare_command_line(script, argv):
@@ -64,7 +66,8 @@ def prepare_command_line(script, argv):
         sys.exit(0)
     flags, trains = _flags_by_name(script)
     given, words = _split(argv, flags)
-    given = [entry for path in words if path.endswith(CONFIG_FILE) for entry in _read_config(path, flags)] + given
+    given = [Given(flags.get(_name(key)), values, key, f"{path}: ") for path in words if path.endswith(CONFIG_FILE)
+             for key, values in read_config(path)] + given
     words = [word for word in words if not word.endswith(CONFIG_FILE)]
 
     problems = [_unknown(entry, flags, trains) for entry in given if not entry.flag]
@@ -76,7 +79,7 @@ def prepare_command_line(script, argv):
     last = {entry.flag.name: entry for entry in given}
     if not advice:  # else it may be there under another name
         problems += [_missing(flag) for flag in flags.values() if flag.required and flag.name not in last]
-    problems += [problem for entry in last.values() for problem in _not_there(entry)]
+    problems += [problem for entry in last.values() if not _wrong_values(entry) for problem in _not_there(entry)]
     if problems:
         raise UserError(NEXT_LINE.join(problems) + advice)
     _say_new_names(given)
@@ -120,13 +123,13 @@ def _flags_by_name(script):
 
 
 def _name(written):
-    """The name in "--learning-rate=1", and in "—learning_rate", which text programs make of "--learning_rate"."""
-    return written.partition("=")[0].lstrip("-–—").replace("-", "_")
+    """The name in "--learning-rate=1", whatever its dashes."""
+    return written.partition("=")[0].lstrip(DASHES).replace("-", "_")
 
 
 def _is_flag(word, flags):
     """As argparse sees it: "-1" and "-- who are you?" are values."""
-    return re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", word, re.DOTALL) or word[:1] in "–—" and _name(word) in flags
+    return re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", word, re.DOTALL) or word[:1] in DASHES and _name(word) in flags
 
 
 def _split(argv, flags):
@@ -201,17 +204,16 @@ def _wrong_values(entry):
     """What is wrong with the number or form of a flag's values, or None."""
     flag, values = entry.flag, entry.values
     if entry.place and (unset := VARIABLE.search(" ".join(values))):
-        return f"{entry.place}{entry.written}: the environment variable {unset[1]} is not set"
-    takes = f"{entry.place}{entry.written} takes {flag.takes}"
+        return f"{entry}: the environment variable {unset[1]} is not set"
     if not values and flag.nargs in (None, "+"):
-        return f"{takes}, and none is given"
+        return f"{entry} takes {flag.takes}, and none is given"
     if len(values) > 1 and flag.nargs != "+" or values and flag.nargs == 0:
-        return f"{entry.place}{entry.written} takes {'no value' if flag.nargs == 0 else 'one value'}, not {values}"
-    wrong = [value for value in values if not _fits(flag, value)]
-    if not wrong:
+        return f"{entry} takes {'no value' if flag.nargs == 0 else 'one value'}, not {values}"
+    wrong = next((value for value in values if not _fits(flag, value)), None)
+    if wrong is None:
         return None
-    near = difflib.get_close_matches(wrong[0].lower(), flag.choices, n=1)
-    return f"{takes}, not {wrong[0]!r}" + (f" (did you mean {near[0]}?)" if near else "")
+    near = difflib.get_close_matches(wrong.lower(), flag.choices, n=1)
+    return f"{entry} takes {flag.takes}, not {wrong!r}" + (f" (did you mean {near[0]}?)" if near else "")
 
 
 def _fits(flag, value):
@@ -239,8 +241,8 @@ def _not_there(entry):
 
         problems = Problems()
         find_files(entry.values, problems)
-        return [f"{entry.place}{entry.written}: {problem}" for problem in problems.fatal]
-    value, subject = entry.values[-1] if entry.values else "", f"{entry.place}{entry.written}"
+        return [f"{entry}: {problem}" for problem in problems.fatal]
+    value = "".join(entry.values)
     if kind == "deepspeed":
         try:
             deepspeed_file(value)
@@ -248,71 +250,5 @@ def _not_there(entry):
             return [f"{entry.place}{error}"]
     if value and (kind == "model" and not os.path.isdir(value) and not could_be_on_the_hub(value)
                   or kind == "checkpoint" and not os.path.isdir(value) and value.lower() not in ("true", "false")):
-        return [f"{subject} {value}: no such folder"]
+        return [f"{entry} {value}: no such folder"]
     return []
-
-
-# -- config files -----------------------------------------------------------------------------------------------------
-
-def _read_config(path, flags):
-    """The flags of a YAML or JSON mapping, [Given]. Raises UserError if it cannot be read."""
-    given = []
-    for key, value, text in _read_mapping(path):
-        if value is None:
-            continue
-        if isinstance(value, list):
-            values = _with_variables(text)
-        else:
-            values = [json.dumps(_with_variables(value)) if isinstance(value, dict) else _with_variables(text)]
-        given.append(Given(flags.get(_name(key)), [str(value) for value in values], key, f"{path}: "))
-    return given
-
-
-def _with_variables(value):
-    """A value of a file with ${NAME} replaced by the environment variable NAME, where that is set."""
-    if isinstance(value, dict):
-        return {key: _with_variables(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_with_variables(entry) for entry in value]
-    if isinstance(value, str):
-        return VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
-    return value
-
-
-def _read_mapping(path):
-    """[(key, value, value as it is written)] of a YAML or JSON file. Raises UserError.
-
-    YAML would turn `eval_strategy: no` into False and leave `1e-5` a string.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            source = file.read()
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8") from error
-    typed, written = (_parse_json if path.endswith(".json") else _parse_yaml)(path, source)
-    if not isinstance(typed, dict):
-        raise UserError(f"{path}: a config file is a mapping of flag names to values")
-    return [(key, value, text) for (key, text), value in zip(written.items(), typed.values())]
-
-
-def _parse_json(path, source):
-    """(what the source says, the same with all numbers as they are written)"""
-    try:
-        return json.loads(source), json.loads(source, parse_int=str, parse_float=str, parse_constant=str)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-
-
-def _parse_yaml(path, source):
-    """(what the source says, the same with all scalars as they are written)"""
-    import yaml
-
-    class Written(yaml.SafeLoader):
-        yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<$"))]}
-
-    try:
-        return yaml.safe_load(source), yaml.load(source, Written)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
