@@ -55,16 +55,18 @@ from mechanisms.trainer import SafeTrainer
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(
-        default="Qwen/Qwen2.5-7B", metadata={"help": "Folder or Hugging Face Hub name of the model to start from."})
+    model_name_or_path: str = field(default="Qwen/Qwen2.5-7B", metadata={
+        "help": "Folder or Hugging Face Hub name of the model to start from.", "metavar": "MODEL", "exists": "model"})
 
 
 @dataclass
 class DataArguments:
-    data_path: list[str] = field(
-        default=None, metadata={"help": "Training data: files, folders or globs; JSON arrays or JSON Lines."})
-    eval_data_path: list[str] = field(
-        default=None, metadata={"help": "Evaluation data, as --data_path; used at the end and per --eval_strategy."})
+    data_path: list[str] = field(default=None, metadata={
+        "help": "Training data: files, folders or globs; JSON arrays or JSON Lines.", "metavar": "PATH",
+        "exists": "data", "missing": "which data to train on?"})
+    eval_data_path: list[str] = field(default=None, metadata={
+        "help": "Evaluation data, as --data_path; used at the end and per --eval_strategy.", "metavar": "PATH",
+        "exists": "data"})
     eval_ratio: float = field(
         default=0.0, metadata={"help": "Share of the training data held out for evaluation, always the same records."})
     lazy_preprocess: bool = field(
@@ -82,17 +84,37 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     output_dir: str = field(
-        default="output_qwen", metadata={"help": "Folder for checkpoints and the result."})
+        default="output_qwen", metadata={"help": "Folder for checkpoints and the result.", "metavar": "FOLDER"})
     cache_dir: str = field(default=None, metadata={
-        "help": "Folder for downloaded and converted models and tokenized data (default: Hugging Face's)."})
-    activation_checkpointing: str = field(default="auto", metadata={
-        "help": "--gradient_checkpointing: compute activations twice instead of keeping them, which takes a third more "
-                "time. True, False, or auto: only where they would not fit into the memory.",
-        "nargs": "?", "const": "True"})
-    model_max_length: int = field(
-        default=8192, metadata={"help": "Longest sample in tokens; --overlong says what happens to longer ones."})
+        "help": "Folder for downloaded and converted models and tokenized data (default: Hugging Face's).",
+        "metavar": "FOLDER"})
     use_lora: bool = field(
         default=False, metadata={"help": "Train low-rank adapters instead of all parameters."})
+    model_max_length: int = field(
+        default=8192, metadata={"help": "Longest sample in tokens; --overlong says what happens to longer ones."})
+    # From here to deepspeed: those of transformers, with a line of help.
+    learning_rate: float = field(default=5e-5, metadata={"help": "Highest learning rate, reached after the warmup."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "How often the data are trained on."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Samples of a GPU at a time (rows with --packing)."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches of each GPU that make one step of the optimizer."})
+    warmup_steps: float = field(
+        default=0, metadata={"help": "Steps in which the learning rate rises from 0 (below 1: share of all)."})
+    lr_scheduler_type: transformers.SchedulerType | str = field(
+        default="linear", metadata={"help": "How the learning rate falls after the warmup."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints (below 1: share of all)."})
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Checkpoints to keep, the newest ones (default: all)."})
+    eval_strategy: transformers.IntervalStrategy | str = field(
+        default="no", metadata={"help": "When to evaluate: every --eval_steps, after each epoch, or only at the end."})
+    deepspeed: dict | str | None = field(default=None, metadata={
+        "help": "Config for DeepSpeed: a file, or one of the ds_config_*.json beside finetune.py. none: no DeepSpeed.",
+        "metavar": "FILE", "exists": "deepspeed"})
+    activation_checkpointing: Literal["True", "False", "auto"] = field(default="auto", metadata={
+        "help": "Compute activations twice instead of keeping them, which takes a third more time. auto: only where "
+                "they would not fit into the memory.",
+        "nargs": "?", "const": "True"})
     bf16: bool | None = field(default=None, metadata={
         "help": "bfloat16 mixed precision. Without --bf16 and --fp16 the best that the hardware has is chosen.",
         "nargs": "?", "const": True})
@@ -101,11 +123,14 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines (below 1: share of all)."})
     resume_from_checkpoint: str = field(default=None, metadata={
         "help": "Unset: go on from the newest complete checkpoint in --output_dir, if any. True: there must be one. "
-                "False: start over, in a folder without results. Or the path of a checkpoint."})
+                "False: start over, in a folder without results. Or the path of a checkpoint.",
+        "metavar": "True|False|FOLDER", "exists": "checkpoint"})
     # Trainer's default replaces a NaN loss by the average before it: a dead run would look alive.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (never wanted)."})
-    include_num_input_tokens_seen: str = field(default="all", metadata={"help": "What tokens/s counts."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses (never wanted).", "hidden": True})
+    include_num_input_tokens_seen: str = field(
+        default="all", metadata={"help": "What tokens/s counts.", "hidden": True})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here.", "hidden": True})
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
@@ -135,9 +160,9 @@ class LoraArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],
-        metadata={"help": "Linear layers that get an adapter (default: all of every block)."})
-    lora_weight_path: str = field(
-        default="", metadata={"help": "Adapter folder to continue from, instead of a new adapter."})
+        metadata={"help": "Linear layers that get an adapter (default: all of every block).", "metavar": "NAME"})
+    lora_weight_path: str = field(default="", metadata={
+        "help": "Adapter to continue, instead of a new one.", "metavar": "ADAPTER", "exists": "model"})
     lora_bias: Literal["none", "all", "lora_only"] = field(
         default="none", metadata={"help": "Which biases are trained as well."})
     lora_embeddings: Literal["auto", "full", "chatml", "none"] = field(default="auto", metadata={

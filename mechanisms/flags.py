@@ -1,75 +1,103 @@
-"""The command line, read before anything heavy is imported.
+"""The command line, read and checked before anything heavy is imported.
 
-Importing torch, transformers and peft takes about ten seconds, too long to learn of a misspelt flag or to read
-`--help`. The flags are dataclass fields, so their names, defaults and help texts can be read from the source of the
-script, and of `transformers.TrainingArguments` if they inherit from it, without running either.
+Importing torch, transformers and peft takes about ten seconds, too long to learn of a misspelt flag, a wrong value or
+a file that is not there. declarations.py knows the flags without that.
+
+Beside what argparse knows, the metadata of a field may say:
+  "exists": what its value has to name: "data", "model", "deepspeed" or "checkpoint", see `_not_there`
+  "missing": it has to be given although it has a default; the text says what is asked for
+  "hidden": it has no effect, and `--help` leaves it out
 """
 
-import ast
 import difflib
-import importlib.util
-import json
+import glob
 import os
 import re
-import shutil
 import signal
 import sys
-import textwrap
+from typing import NamedTuple
 
+from mechanisms.config_file import CONFIG_FILE, VARIABLE, read_config
+from mechanisms.declarations import METADATA, PUBLIC, TRAINER, Flag, print_help, read_flags
 from mechanisms.errors import UserError
+from mechanisms.hints import what_to_write
+from mechanisms.paths import could_be_on_the_hub, deepspeed_file
 
 # Flags of the original scripts that transformers 5 knows under another name. They are read as the new name, and said.
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",  # transformers 5: a value below 1 is a share of all steps
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-QUIETLY = ("gradient_checkpointing", "gradient_checkpointing_kwargs")  # the name everybody still uses: not worth a line
+RENAMED = {"evaluation_strategy": "eval_strategy",
+           "warmup_ratio": "warmup_steps"}  # transformers 5: a value below 1 is a share of all steps
+DASHES = "-–—"  # text programs make the second and third of "--"
+BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of HfArgumentParser, in any case
+NEXT_LINE = "\n       "  # as deep as "error: "
+
+
+class Given(NamedTuple):
+    """A flag as the user gave it."""
+
+    flag: Flag | None  # None: there is none of this name
+    values: list[str]
+    written: str  # as it stands there: "--learning-rate"
+    place: str = ""  # of a flag in a file: "run.yaml: "
+
+    def __str__(self):
+        return self.place + self.written
 
 
 def prepare_command_line(script, argv):
-    """Expand a config file, check every flag's name, answer `--help`.
+    """Read config files, check the names and values of all flags, answer `--help`.
 
     Args:
         script: path of the script whose `*Arguments` dataclasses define the flags.
-        argv: the arguments after the script's name; the first may be a .yaml, .yml or .json file of flags.
+        argv: the arguments after the script's name. Words that end in .yaml, .yml or .json and are not the value of a
+            flag are config files: mappings of flags to values.
 
     Returns:
-        argv for `HfArgumentParser`: the file's flags first, so that those of the command line win, under the names
-        that transformers 5 knows.
+        argv for `HfArgumentParser`: words that belong to no flag, the flags of files, those of the command line, so
+        that these win. Flags have the names of their fields, choices are spelled as declared, comma lists are split.
+        Prepared once more it stays the same, and nothing is printed.
 
     Raises:
-        UserError: unknown flags (all of them, each with the nearest known one), or a config file that can't be read.
+        UserError: everything that is wrong, each with what to write.
         SystemExit: after `-h`/`--help`, with code 0.
     """
-    groups = _read_flags(script)
-    known = {flag for fields in groups.values() for flag in fields}
-    renamed = RENAMED if "transformers" in groups else {}
-    known |= {f"no_{flag}" for flag in known} | set(renamed)
     if "-h" in argv or "--help" in argv:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word, like any Unix tool
-        _print_help(ast.get_docstring(ast.parse(_source(script))), groups)
+        print_help(script)
         sys.exit(0)
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        argv = _flags_of_file(argv[0], known) + argv[1:]
+    flags, trains = _flags_by_name(script)
+    given, words = _split(argv, flags)
+    given = [Given(flags.get(_name(key)), values, key, f"{path}: ") for path in words if path.endswith(CONFIG_FILE)
+             for key, values in read_config(path)] + given
+    words = [word for word in words if not word.endswith(CONFIG_FILE)]
 
-    prepared, problems = [], []
-    for word in argv:
-        name, equals, value = word[2:].partition("=")
-        if not word.startswith("--") or not re.fullmatch(r"[\w-]+", name):  # "--message '-- who are you?'" has one flag
-            prepared.append(word)
-            continue
-        name = name.replace("-", "_")
-        if name not in known:
-            problems.append(_unknown(f"--{name}", known))
-        new_name = renamed.get(name, name)
-        if new_name != name and name not in QUIETLY and int(os.environ.get("RANK", 0)) == 0:
-            print(f"note: --{name} is read as --{new_name}, its name in transformers 5", file=sys.stderr)
-        prepared.append(f"--{new_name}{equals}{value}")
+    problems = [_unknown(entry, flags, trains) for entry in given if not entry.flag]
+    if trains:  # the others may take words
+        problems += [f"unexpected argument {word!r}" for word in words]
+    advice = f"{NEXT_LINE}All flags: python {os.path.basename(script)} --help" if problems else ""
+    given = [entry._replace(values=_as_declared(entry)) for entry in given if entry.flag]
+    problems += [problem for entry in given if (problem := _wrong_values(entry))]
+    last = {entry.flag.name: entry for entry in given}
+    if not advice:  # else it may be there under another name
+        problems += [_missing(flag) for flag in flags.values() if flag.required and flag.name not in last]
+    problems += [problem for entry in last.values() if not _wrong_values(entry) for problem in _not_there(entry)]
     if problems:
-        raise UserError("\n       ".join(problems) + f"\n       All flags: python {os.path.basename(script)} --help")
-    return prepared
+        raise UserError(NEXT_LINE.join(problems) + advice)
+    _say_new_names(given)
+    return words + [word for entry in given for word in _as_words(entry)]
+
+
+def make_parser(classes):
+    """The HfArgumentParser of dataclasses whose metadata has keys of ours. It raises UserError where it would exit."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def add_argument(self, *names, **options):
+            return super().add_argument(*names, **{key: value for key, value in options.items() if key not in METADATA})
+
+        def error(self, message):
+            raise UserError(message)
+
+    return Parser(classes, allow_abbrev=False)
 
 
 def parse_into(classes, argv):
@@ -77,117 +105,150 @@ def parse_into(classes, argv):
 
     Raises UserError: a value that a flag does not take, or a required flag that is missing.
     """
-    from transformers import HfArgumentParser
-
-    def refuse(message):
-        raise UserError(message)
-
-    parser = HfArgumentParser(classes, allow_abbrev=False)
-    parser.error = refuse
-    return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    return make_parser(classes).parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False)
 
 
-def _unknown(flag, known):
-    near = difflib.get_close_matches(flag.lstrip("-"), known, n=1)
-    return f"unknown flag {flag}" + (f" (did you mean --{near[0]}?)" if near else "")
+# -- what is given ----------------------------------------------------------------------------------------------------
+
+def _flags_by_name(script):
+    """({name that a user may write: Flag}, whether it is a script for training)"""
+    groups = read_flags(script)
+    flags = {flag.name: flag for group in groups.values() for flag in group}
+    trains = TRAINER in groups
+    if trains:
+        flags |= {public: flags[name] for name, public in PUBLIC.items()}
+        flags |= {old: flags[name] for old, name in RENAMED.items()}
+    return flags, trains
 
 
-def _source(path):
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+def _name(written):
+    """The name in "--learning-rate=1", whatever its dashes."""
+    return written.partition("=")[0].lstrip(DASHES).replace("-", "_")
 
 
-def _read_flags(script):
-    """{class name: {flag: (default as source text, help)}} of the script's dataclasses.
-
-    If one of them inherits from TrainingArguments, the flags of that are under "transformers".
-    """
-    classes = _arguments_classes(script)
-    groups = {node.name: _fields(node) for node in classes}
-    if any("TrainingArguments" in ast.unparse(base) for node in classes for base in node.bases):
-        transformers_folder = os.path.dirname(importlib.util.find_spec("transformers").origin)
-        for node in _arguments_classes(os.path.join(transformers_folder, "training_args.py")):
-            groups["transformers"] = _fields(node)
-    return groups
+def _is_flag(word, flags):
+    """As argparse sees it: "-1" and "-- who are you?" are values."""
+    return re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", word, re.DOTALL) or word[:1] in DASHES and _name(word) in flags
 
 
-def _arguments_classes(path):
-    return [node for node in ast.parse(_source(path)).body
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
-
-
-def _fields(node):
-    return {statement.target.id: _default_and_help(statement.value) for statement in node.body
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)}
-
-
-def _default_and_help(value):
-    if not (isinstance(value, ast.Call) and getattr(value.func, "id", "") == "field"):
-        return (ast.unparse(value) if value else "required"), ""
-    keywords = {keyword.arg: keyword.value for keyword in value.keywords}
-    metadata = keywords.get("metadata")
-    # Only the texts are wanted; other entries of the metadata (nargs, choices) may be any expression.
-    texts = {
-        key.value: entry.value
-        for key, entry in zip(metadata.keys, metadata.values) if isinstance(entry, ast.Constant)
-    } if isinstance(metadata, ast.Dict) else {}
-    default = "none" if "default_factory" in keywords else "required"
-    if "default" in keywords:
-        default = ast.unparse(keywords["default"])
-    return default, texts.get("help", "")
-
-
-def _print_help(docstring, groups):
-    width = min(shutil.get_terminal_size().columns, 110)
-    print(docstring)
-    others = set(groups.pop("transformers", ()))
-    for group, flags in groups.items():
-        print(f"\n{group.removesuffix('Arguments')}:")
-        for flag, (default, text) in flags.items():
-            print(f"  --{flag}")
-            text = f"{text} ({default if default == 'required' else f'default: {default}'})".strip()
-            print(textwrap.fill(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8))
-    others -= {flag for flags in groups.values() for flag in flags}
-    if others:
-        print("\nEvery other flag of transformers.TrainingArguments works as well:")
-        print(textwrap.fill(", ".join(sorted(others)), width, initial_indent="  ", subsequent_indent="  "))
-
-
-def _flags_of_file(path, known):
-    """The flags of a YAML or JSON mapping as command-line words.
-
-    Scalars are kept as they are written: YAML would turn `eval_strategy: no` into False and leave `1e-5` a string.
-    """
-    try:
-        if path.endswith(".json"):
-            typed = json.loads(_source(path))
-            written = json.loads(_source(path), parse_int=str, parse_float=str, parse_constant=str)
-        else:
-            import yaml
-
-            typed, written = yaml.safe_load(_source(path)), yaml.load(_source(path), yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    except Exception as error:  # yaml.YAMLError, named so only where yaml is imported
-        if type(error).__module__.startswith("yaml"):
-            raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-        raise
-    if not isinstance(typed, dict):
-        raise UserError(f"{path}: a config file is a mapping of flag names to values")
-    unknown = [_unknown(key, known) for key in map(str, typed) if key.lstrip("-") not in known]
-    if unknown:
-        raise UserError(f"{path}: " + f"\n       {path}: ".join(unknown))
-    words = []
-    for (key, value), text in zip(typed.items(), written.values()):
-        if value is None:
+def _split(argv, flags):
+    """argv -> ([Given], words that are not the value of a flag)."""
+    given, words, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not _is_flag(word, flags):
+            words.append(word)
             continue
-        words.append(f"--{key}")
-        if isinstance(value, dict):
-            words.append(json.dumps(value))
-        elif isinstance(value, list):
-            words += [str(entry) for entry in text]
-        else:
-            words.append(str(text))
-    return words
+        written, equals, value = word.partition("=")
+        flag = flags.get(_name(word)) if re.match("--[^-]", word) else None  # "-data_path" is none
+        values = [value] if equals else _take_values(rest, flag, flags)
+        given.append(Given(flag, values, written))
+    return given, words
+
+
+def _take_values(rest, flag, flags):
+    """Take the values of a flag off the front of `rest`."""
+    most = {None: 1, "?": 1, 0: 0}.get(flag.nargs, len(rest)) if flag else len(rest)
+    count = 0
+    while count < min(most, len(rest)) and not _is_flag(rest[count], flags):
+        if flag and flag.nargs == "?" and rest[count].endswith(CONFIG_FILE):  # `--use_lora run.yaml`
+            break
+        count += 1
+    values, rest[:count] = rest[:count], []
+    return values
+
+
+def _as_declared(entry):
+    """The values with comma lists split and choices in the declared case."""
+    values = entry.values
+    if entry.flag.nargs == "+":
+        values = [part for value in values for part in _split_at_commas(value)]
+    spelling = {choice.lower(): choice for choice in entry.flag.choices}
+    return [spelling.get(value.lower(), value) for value in values]
+
+
+def _split_at_commas(value):
+    if glob.glob(value):  # a file with a comma in its name
+        return [value]
+    return [part.strip() for part in value.split(",") if part.strip()] or [value]
+
+
+def _as_words(entry):
+    """The flag as argparse reads it."""
+    name, values = f"--{entry.flag.name}", entry.values
+    return [f"{name}={values[0]}"] if len(values) == 1 and values[0].startswith("-") else [name, *values]
+
+
+def _say_new_names(given):
+    if int(os.environ.get("RANK", 0)) == 0:
+        for old in dict.fromkeys(_name(entry.written) for entry in given):
+            if old in RENAMED:
+                print(f"note: --{old} is read as --{RENAMED[old]}, its name in transformers 5", file=sys.stderr)
+
+
+# -- what is wrong with it --------------------------------------------------------------------------------------------
+
+def _unknown(entry, flags, trains):
+    name = _name(entry.written)
+    problem = f"{entry.place}unknown flag {entry.written}"
+    hint = f"write --{name}" if name in flags else what_to_write(name, flags.keys(), trains)
+    if hint:
+        return f"{problem}: {hint}"
+    shown = [name for name, flag in flags.items() if flag.shown and name not in PUBLIC]
+    near = difflib.get_close_matches(name, shown, n=1)
+    return problem + (f" (did you mean --{near[0]}?)" if near else "")
+
+
+def _wrong_values(entry):
+    """What is wrong with the number or form of a flag's values, or None."""
+    flag, values = entry.flag, entry.values
+    if entry.place and (unset := VARIABLE.search(" ".join(values))):
+        return f"{entry}: the environment variable {unset[1]} is not set"
+    if not values and flag.nargs in (None, "+"):
+        return f"{entry} takes {flag.takes}, and none is given"
+    if len(values) > 1 and flag.nargs != "+" or values and flag.nargs == 0:
+        return f"{entry} takes {'no value' if flag.nargs == 0 else 'one value'}, not {values}"
+    wrong = next((value for value in values if not _fits(flag, value)), None)
+    if wrong is None:
+        return None
+    near = difflib.get_close_matches(wrong.lower(), flag.choices, n=1)
+    return f"{entry} takes {flag.takes}, not {wrong!r}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def _fits(flag, value):
+    if flag.choices:
+        return value in flag.choices
+    if flag.type == "bool":
+        return value.lower() in BOOLEANS
+    try:
+        {"int": int, "float": float}.get(flag.type, str)(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _missing(flag):
+    question = flag.metadata.get("missing")
+    return f"--{flag.public} is missing" + (f": {question}" if question else "")
+
+
+def _not_there(entry):
+    """Lines: which data, model or file that a flag names is not there."""
+    kind = entry.flag.metadata.get("exists")
+    if kind == "data":
+        from mechanisms.data.records import Problems, find_files
+
+        problems = Problems()
+        find_files(entry.values, problems)
+        return [f"{entry}: {problem}" for problem in problems.fatal]
+    value = "".join(entry.values)
+    if kind == "deepspeed":
+        try:
+            deepspeed_file(value)
+        except UserError as error:
+            return [f"{entry.place}{error}"]
+    if value and (kind == "model" and not os.path.isdir(value) and not could_be_on_the_hub(value)
+                  or kind == "checkpoint" and not os.path.isdir(value) and value.lower() not in ("true", "false")):
+        return [f"{entry} {value}: no such folder"]
+    return []

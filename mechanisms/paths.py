@@ -15,6 +15,20 @@ def could_be_on_the_hub(path):
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
 
 
+def deepspeed_file(value):
+    """The config that --deepspeed names, None for "" and "none": the launchers give one, this takes it back.
+
+    A name that is no file here may be one of the configs beside finetune.py. Raises UserError if there is no such file.
+    """
+    if value.lower() in ("", "none"):
+        return None
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), value)
+    path = next((path for path in (value, beside) if os.path.isfile(path)), None)
+    if path is None:
+        raise UserError(f"--deepspeed {value}: no such file")
+    return path
+
+
 def not_empty(flag, folder):
     """What is wrong with a folder that a program is to make, as a list of no or one line."""
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):

@@ -11,6 +11,7 @@ from transformers.utils import is_liger_kernel_available
 
 from mechanisms.errors import UserError
 from mechanisms.memory import Setup
+from mechanisms.paths import deepspeed_file
 
 
 def choose_precision(bf16, fp16, use_cpu):
@@ -36,20 +37,8 @@ def compute_dtype(training_args):
 
 
 def deepspeed_config(value):
-    """The value of --deepspeed as Trainer takes it: None, or the path of a config.
-
-    "" and "none" mean no DeepSpeed (the launchers give one; this takes it back). A name that is no file here may be one
-    of the configs beside finetune.py. Raises UserError for a path that does not exist.
-    """
-    if not isinstance(value, str):
-        return value
-    if value.lower() in ("", "none"):
-        return None
-    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), value)
-    path = next((path for path in (value, beside) if os.path.isfile(path)), None)
-    if path is None:
-        raise UserError(f"--deepspeed {value}: no such file")
-    return path
+    """The value of --deepspeed as Trainer takes it, see `paths.deepspeed_file`; a dict stays as it is."""
+    return deepspeed_file(value) if isinstance(value, str) else value
 
 
 def set_environment(argv):

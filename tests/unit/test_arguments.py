@@ -71,7 +71,10 @@ def test_every_flag_of_ours_has_a_help_text():
 
 
 @pytest.mark.parametrize("ending", ["yaml", "json"])
-def test_config_file_and_command_line_wins(tmp_path, ending):
+def test_config_file_and_command_line_wins(tmp_path, monkeypatch, ending):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "b c.json"):
+        Path(name).touch()
     config = tmp_path / f"run.{ending}"
     values = {"data_path": ["a.json", "b c.json"], "learning_rate": 1e-5, "use_lora": True, "eval_strategy": "no",
               "lr_scheduler_kwargs": {"num_cycles": 2}, "lora_r": 8, "output_dir": str(tmp_path)}
@@ -97,7 +100,8 @@ def test_bad_config_files(tmp_path, text, message):
 
 
 def test_names_of_the_original_are_understood(capsys):
-    argv = prepare("--data_path", "x", "--evaluation_strategy", "no", "--warmup_ratio=0.01", "--gradient-checkpointing")
+    argv = prepare("--data_path", EXAMPLES / "data", "--evaluation_strategy", "no", "--warmup_ratio=0.01",
+                   "--gradient-checkpointing")
     _, _, training, _ = parse_arguments(argv)
     assert training.warmup_steps == 0.01 and training.activation_checkpointing is True
     assert "--warmup_ratio is read as --warmup_steps" in capsys.readouterr().err
@@ -129,7 +133,8 @@ def test_all_wrong_combinations_are_named_at_once():
 ])
 def test_wrong_values(argv, message):
     with pytest.raises(UserError) as error:
-        parse_arguments(prepare("--data_path", "x") + argv if argv != ["stray"] else ["stray", "--data_path", "x"])
+        data = prepare("--data_path", EXAMPLES / "data")
+        parse_arguments(data + argv if argv != ["stray"] else argv + data)
     assert message in str(error.value)
 
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
 
 import finetune
+from mechanisms import flags
 from mechanisms.errors import UserError
-from mechanisms.flags import prepare_command_line
+from mechanisms.flags import make_parser, prepare_command_line
 
 ROOT = Path(finetune.__file__).parent
 TORCHRUN_PAGES = ("finetune.sh", "finetune_ds.sh", "finetune_lora_ds.sh", "finetune_qlora_ds.sh")
@@ -63,10 +63,16 @@ def split_like_a_shell(printed):
     return shlex.split(printed.replace("\\\n", ""))  # shlex does not join continued lines
 
 
+@pytest.fixture(autouse=True)
+def any_path(monkeypatch):
+    """The launchers hand over paths; here none of them needs to be there."""
+    monkeypatch.setattr(flags, "_not_there", lambda entry: [])
+
+
 def read_with_finetunes_parser(words):
     """The values finetune.py would get, without its checks of the machine it runs on."""
-    parser = HfArgumentParser((finetune.ModelArguments, finetune.DataArguments, finetune.TrainingArguments,
-                               finetune.LoraArguments), allow_abbrev=False)
+    parser = make_parser((finetune.ModelArguments, finetune.DataArguments, finetune.TrainingArguments,
+                          finetune.LoraArguments))
     return parser.parse_args(prepare_command_line(str(ROOT / "finetune.py"), words))
 
 
