@@ -11,14 +11,12 @@ Everything is written into merged-Int4.unfinished, loaded again from there, meas
 kill there is no `merged-Int4`, or a whole one. A model that the rounding has broken gets no name either (exit code 1).
 """
 
-import os
 import sys
 from dataclasses import dataclass, field
 
-from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import UserError, interrupts_end_at_once, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
-from mechanisms.paths import could_be_on_the_hub, not_empty
+from mechanisms.paths import not_empty
 from mechanisms.quiet import silence
 
 # By how much perplexity may grow, by bits. Sound models of 7B and more lose 1 % at 8 bits, 5 % at 4, a fifth at 3, and
@@ -29,8 +27,9 @@ LARGEST_RATIO = {8: 1.5, 4: 2, 3: 5, 2: 50}
 
 @dataclass
 class QuantizeArguments:
-    model_name_or_path: str = field(metadata={"help": "Folder or Hugging Face Hub name of a 16- or 32-bit model."})
-    data_path: list[str] = field(metadata={"help": "Calibration data, as finetune.py takes it."})
+    model_name_or_path: str = field(metadata={
+        "help": "Folder or Hugging Face Hub name of a 16- or 32-bit model.", "exists": "model"})
+    data_path: list[str] = field(metadata={"help": "Calibration data, as finetune.py takes it.", "exists": "data"})
     out_path: str = field(metadata={"help": "Folder to make. It must not exist, or be empty."})
     max_len: int = field(default=8192, metadata={"help": "Longer conversations are cut to this many tokens."})
     bits: int = field(default=4, metadata={"help": "Bits per weight: 8, 4, 3 or 2."})
@@ -52,11 +51,7 @@ def parse_arguments(argv):
     for name in ("max_len", "max_samples"):
         if getattr(args, name) < 1:
             problems.append(f"--{name} {getattr(args, name)}: at least 1")
-    if not os.path.isdir(args.model_name_or_path) and not could_be_on_the_hub(args.model_name_or_path):
-        problems.append(f"--model_name_or_path {args.model_name_or_path}: no such folder")
-    data = Problems()
-    find_files(args.data_path, data)
-    problems += data.fatal + not_empty("--out_path", args.out_path)
+    problems += not_empty("--out_path", args.out_path)
     if problems:
         raise UserError("\n       ".join(problems))
     return args
@@ -73,6 +68,7 @@ import datetime
 import gc
 import json
 import math
+import os
 import random
 import shlex
 import shutil
@@ -87,6 +83,7 @@ from transformers.utils import logging
 from mechanisms.console import counted, say, table
 from mechanisms.data.datasets import read_files, to_conversations
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
+from mechanisms.data.records import Problems, find_files
 from mechanisms.data.shapes import BadRecord
 from mechanisms.errors import first_line
 from mechanisms.gptq import GROUP_SIZES, quantize

@@ -21,7 +21,7 @@ from mechanisms.config_file import CONFIG_FILE, VARIABLE, read_config
 from mechanisms.declarations import METADATA, PUBLIC, TRAINER, Flag, print_help, read_flags
 from mechanisms.errors import UserError
 from mechanisms.hints import what_to_write
-from mechanisms.paths import could_be_on_the_hub, deepspeed_file
+from mechanisms.paths import could_be_on_the_hub, data_files, deepspeed_file
 
 # Flags of the original scripts that transformers 5 knows under another name. They are read as the new name, and said.
 RENAMED = {"evaluation_strategy": "eval_strategy",
@@ -237,11 +237,7 @@ def _not_there(entry):
     """Lines: which data, model or file that a flag names is not there."""
     kind = entry.flag.metadata.get("exists")
     if kind == "data":
-        from mechanisms.data.records import Problems, find_files
-
-        problems = Problems()
-        find_files(entry.values, problems)
-        return [f"{entry}: {problem}" for problem in problems.fatal]
+        return [f"{entry}: {problem}" for problem in data_files(entry.values)[1]]
     value = "".join(entry.values)
     if kind == "deepspeed":
         try:

@@ -1,5 +1,6 @@
 """Folders that programs read from and write to: what is wrong with them is known before anything is loaded."""
 
+import glob
 import json
 import os
 import re
@@ -27,6 +28,25 @@ def deepspeed_file(value):
     if path is None:
         raise UserError(f"--deepspeed {value}: no such file")
     return path
+
+
+def data_files(patterns: list[str]) -> tuple[list[str], list[str]]:
+    """Files, folders (every .json and .jsonl below) and globs -> (files in a fixed order, lines: what is not there)."""
+    files, problems = [], []
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            found = [path for ending in ("json", "jsonl")
+                     for path in glob.glob(os.path.join(glob.escape(pattern), "**", f"*.{ending}"), recursive=True)]
+            missing = f"no .json or .jsonl file in the folder {pattern}"
+        elif os.path.isfile(pattern):
+            found = [pattern]
+        else:
+            found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+            missing = f"no such file, folder or match: {pattern}"
+        if not found:
+            problems.append(missing)
+        files += sorted(found)
+    return list(dict.fromkeys(files)), problems
 
 
 def not_empty(flag, folder):

@@ -1,14 +1,14 @@
 """JSON records out of files, each with the place it stands, and every problem of the input collected on the way."""
 
 import collections
-import glob
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from mechanisms.errors import UserError
+from mechanisms.paths import data_files
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SHOWN = 20  # problems printed in full; the rest are counted per kind
@@ -82,23 +82,11 @@ class Problems:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def find_files(patterns: Iterable[str], problems: Problems) -> list[str]:
+def find_files(patterns: list[str], problems: Problems) -> list[str]:
     """Data files for a list of files, folders (every .json and .jsonl below) and globs, in a fixed order."""
-    files = []
-    for pattern in patterns:
-        if os.path.isdir(pattern):
-            found = [path for ending in ("json", "jsonl")
-                     for path in glob.glob(os.path.join(glob.escape(pattern), "**", f"*.{ending}"), recursive=True)]
-            missing = f"no .json or .jsonl file in the folder {pattern}"
-        elif os.path.isfile(pattern):
-            found = [pattern]
-        else:
-            found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-            missing = f"no such file, folder or match: {pattern}"
-        if not found:
-            problems.fatal.append(missing)
-        files += sorted(found)
-    return list(dict.fromkeys(files))
+    files, missing = data_files(patterns)
+    problems.fatal += missing
+    return files
 
 
 def read_records(path: str, problems: Problems) -> Iterator[tuple[Place, object]]:

@@ -154,9 +154,9 @@ def test_broken_line_of_a_large_file_is_found(tmp_path):
     lines[123_456] = line[:-5]
     path = tmp_path / "large.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    start = time.time()
+    start = time.process_time()
     found, problems = read(path)
-    assert time.time() - start < 20
+    assert time.process_time() - start < 20
     assert len(found) == 199_999
     [row] = problems.rejected
     assert (row["line"], row["record"]) == (123_457, 123_457)
