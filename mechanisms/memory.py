@@ -214,7 +214,7 @@ def _run(setup, layers, tokens):
         return tensor
 
     bounds = torch.tensor([0, tokens], dtype=torch.int32)  # of the samples in the row: one
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for module in network.modules():
             for name, tensor in module._parameters.items():
                 if tensor is not None:
