@@ -24,7 +24,6 @@ from mechanisms.errors import UserError  # noqa: E402
 from mechanisms.flags import prepare_command_line  # noqa: E402
 
 
-
 def held_bytes(trainer):
     """Of (weights, optimizer) on this rank. DeepSpeed's optimizer has flat copies of what is trained."""
     weights = [getattr(each, "ds_tensor", each) for each in trainer.model.parameters()]
