@@ -92,7 +92,8 @@ def training_state(setup):
 
     DeepSpeed keeps an fp32 copy of what is trained, divided among the ranks as the optimizer's state is, and if that is
     offloaded an fp32 gradient too; from stage 2 on the gradients are divided, in stage 3 the weights (Rajbhandari et
-    al., ZeRO, arXiv:1910.02054, section 5). DDP holds the gradients a second time, in its buckets.
+    al., ZeRO, arXiv:1910.02054, section 5). DDP holds the gradients a second time, in its buckets: Trainer does
+    not set gradient_as_bucket_view.
     """
     network, packed = _network(setup)
     embeddings = {module.weight for module in network.modules() if isinstance(module, torch.nn.Embedding)}
@@ -214,7 +215,7 @@ def _run(setup, layers, tokens):
         return tensor
 
     bounds = torch.tensor([0, tokens], dtype=torch.int32)  # of the samples in the row: one
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         for module in network.modules():
             for name, tensor in module._parameters.items():
                 if tensor is not None:

@@ -121,6 +121,16 @@ def test_every_cell_trains_to_the_same_numbers_and_its_result_loads(matrix, stra
     assert not isinstance(checkpoints.read_manifest(Path(result["out"]) / "checkpoint-5"), str)
 
 
+@pytest.mark.parametrize("kind", ["chat", "base"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_memory_is_counted_as_it_is_held(matrix, strategy, method, kind):
+    """Weights and optimizer on one rank, from the config alone."""
+    if (strategy, method) not in REFUSED:
+        result = matrix[strategy][f"{method}, {kind}"]
+        assert result["counted"] == pytest.approx(result["held"], rel=0.01)
+
+
 def expected_rates():
     """Cosine with 2 steps of warm-up, from its formula: the rate that each of the steps was taken with."""
     from math import cos, pi

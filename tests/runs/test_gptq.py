@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import finetune
 import run_gptq
 from examples.make_tiny_model import EXAMPLES
+from mechanisms import memory
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 
@@ -161,6 +162,37 @@ def test_the_table_counts_packed_weights_and_biases(train, make_model, tmp_path,
         train(folder, tmp_path / method, method, "--lora_embeddings", "none", "--max_steps", 1)
         tables.append(re.findall(r"^  (?:trained )?parameters .*", capsys.readouterr().out, re.MULTILINE))
     assert tables[0] == tables[1] and len(tables[0]) == 2
+
+
+@pytest.mark.parametrize("precision", [["--bf16"], []])
+def test_memory_is_counted_with_packed_weights_which_autograd_keeps_unpacked(train, quantized, tmp_path, monkeypatch,
+                                                                             precision):
+    """From the config alone, against all that the real model holds and saves."""
+    setups = []
+
+    def decide(setup, tokens):
+        setups.append(setup)
+        return False, "for this test"
+
+    monkeypatch.setattr(finetune, "checkpointing_needed", decide)
+    flags = ["--q_lora", "--max_steps", 1, "--save_strategy", "no", *precision]
+    model = train(quantized[4][0], tmp_path / "out", *flags).model
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *(
+        buffer for name, buffer in model.named_buffers() if name.endswith(("qweight", "qzeros", "scales", "g_idx")))]}
+    assert memory.training_state(setups[0]).weights == pytest.approx(sum(weights.values()), rel=1e-3)
+    saved = {}
+
+    def count(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), \
+            torch.autocast("cpu", torch.bfloat16, enabled=bool(precision)):
+        model.train().get_base_model().base_model(
+            input_ids=torch.zeros(1, 100, dtype=torch.long), use_cache=False, cu_seq_lens_q=torch.tensor([0, 100]),
+            max_length_q=100)
+    real = sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
+    assert memory.activation_bytes(setups[0], 100)[0] == pytest.approx(real, rel=0.05)
 
 
 def test_q_lora_on_int8_trains(train, quantized, tmp_path):
@@ -329,6 +361,18 @@ def test_a_kill_between_two_files_leaves_nothing_that_looks_complete(trained, qu
     monkeypatch.setattr(sys.modules[module], function, whole)
     quantize(trained, tmp_path / "out", "--group-size", 32)
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+def test_the_library_leaves_logging_and_folders_alone():
+    """The user's own logging works after it, and what reads the environment later finds Hugging Face's folders."""
+    code = ("import logging, os\nimport mechanisms.gptq\nbefore = set(os.environ)\n"
+            "mechanisms.gptq.import_gptqmodel()\n"
+            "print(*(name for name in set(os.environ) - before if name.startswith(('HF_', 'TRANSFORMERS_'))))\n"
+            "logging.basicConfig(level=logging.INFO, format='seen %(message)s')\nlogging.info('by the user')")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         env={name: value for name, value in os.environ.items() if not name.startswith("HF_")})
+    assert run.returncode == 0 and not run.stdout.strip(), run.stdout + run.stderr
+    assert "seen by the user" in run.stderr
 
 
 def test_flags_are_answered_before_torch_is_imported(tmp_path):
