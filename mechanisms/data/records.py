@@ -24,6 +24,29 @@ class Place(NamedTuple):
         return f"{self.path}:{self.line} (record {self.number})"
 
 
+class Notices(collections.Counter):
+    """What was left out or changed in usable records, and how often.
+
+    `examples`: {notice: one case of it}, of those counted by `note`.
+    """
+
+    def __init__(self, counts=(), examples=()):
+        super().__init__(counts)
+        self.examples = dict(examples)
+
+    def __reduce__(self):
+        return Notices, (dict(self), self.examples)
+
+    def note(self, notice, example):
+        self[notice] += 1
+        self.examples.setdefault(notice, example)
+
+    def take_over(self, other):
+        """Count what was counted of other records."""
+        self.update(other)
+        self.examples = {**other.examples, **self.examples}
+
+
 class Problems:
     """What is wrong with the input, all of it: `add` while reading, `report` once at the end.
 
