@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mechanisms.errors import UserError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+DEEPEST = 100  # levels of lists and objects in a record; beyond, libraries give up at places of their own
 _SHOWN = 20  # problems printed in full; the rest are counted per kind
 
 
@@ -22,6 +23,17 @@ class Place(NamedTuple):
 
     def __str__(self):
         return f"{self.path}:{self.line} (record {self.number})"
+
+
+def deeper(value):
+    """Whether a JSON value has more than DEEPEST levels."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [child for one in level if isinstance(one, (dict, list))
+                 for child in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return False
+    return True
 
 
 class Notices(collections.Counter):
@@ -60,6 +72,8 @@ class Problems:
 
     def add(self, place, reasons, data):
         """Reject the record at `place`. reasons: list of (kind, detail), the kind the same for all records alike."""
+        if deeper(data):
+            data = "(nested too deeply to be shown)"
         self.rejected.append({
             "file": place.path, "line": place.line, "record": place.number,
             "reasons": [f"{kind}: {detail}" if detail else kind for kind, detail in reasons],
