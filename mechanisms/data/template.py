@@ -265,8 +265,8 @@ class ChatTemplate:
 
     def _is_flat(self, style, tools, mode):
         """Whether no probe shows an answer otherwise than it was said (see `Style.flat`)."""
-        several = not isinstance(self.tokenizer.chat_template, str)
-        for tools in (tools,) if several or "tools" not in style.parts else (None, [_TOOL]):
+        alone = isinstance(self.tokenizer.chat_template, str) and "tools" in style.parts
+        for tools in (None, [_TOOL]) if alone else (tools,):  # noqa: B020
             for messages in _dialogs(style, mode):
                 try:
                     whole = self._render(messages, tools, style.variables(mode)) + END
