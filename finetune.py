@@ -41,11 +41,11 @@ from mechanisms.data.datasets import PackedRows, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import first_line
-from mechanisms.gptq import gptqmodel_hidden
+from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
 from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, peft_name
 from mechanisms.memory import checkpointing_needed
 from mechanisms.qwen1 import convert_if_qwen1
-from mechanisms.strategies import choose_precision
+from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
 from mechanisms.tokenizer import is_base_model, load_tokenizer, set_default_mode
 from mechanisms.trainer import SafeTrainer
 
@@ -206,7 +206,7 @@ def prepare(argv):
     """The data as `train(argv)` would train on it: (tokenizer, train dataset, eval dataset or None, reports).
 
     For notebooks and inspection. No weights are loaded (those of a Qwen-1 model are converted on disk first). Items of
-    the datasets are dicts with "input_ids" (int32) and "labels" (int64, IGNORED where nothing is trained), both of
+    the datasets are dicts with "input_ids" and "labels" (IGNORED where nothing is trained), both int32 of
     shape (tokens,); reports are {"train": DataReport, "eval": DataReport} of the files read. Raises UserError.
     """
     argv = [*prepare_command_line(__file__, argv), "--deepspeed", "none"]  # which would look for other processes
@@ -291,10 +291,6 @@ class PaddingFreeCollator:
 # Model and adapters
 # ---------------------------------------------------------------------------------------------------------------------
 
-def compute_dtype(training_args):
-    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
-
-
 def load_model(model_args, training_args, lora_args, config, tokenizer):
     """The model with its frozen weights in the compute precision and all weights that will be trained in fp32.
 
@@ -308,11 +304,8 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
         quantization = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute)
-    elif lora_args.q_lora and config.quantization_config.get("quant_method") == "gptq":
-        # Left to itself, gptqmodel takes the fastest kernel, and gradients end there without a word: Marlin's on a GPU,
-        # on a CPU that for inference, for ever, as soon as the model is evaluated before it is trained.
-        cuda = training_args.device.type == "cuda"
-        config.quantization_config["backend"] = "auto_trainable" if cuda else "gptq_torch"
+    elif is_gptq(config):
+        config.quantization_config["backend"] = trainable_backend(training_args.device)
     try:
         model = load_weights(
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
@@ -409,11 +402,12 @@ def train(argv):
     transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
     model = load_model(model_args, training_args, lora_args, config, tokenizer)
     if training_args.use_lora:
-        with gptqmodel_hidden(not hasattr(config, "quantization_config")):
+        with gptqmodel_hidden(not is_gptq(config)):
             model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
     if training_args.auto_checkpointing:
-        with gptqmodel_hidden(True):
-            needed, why = checkpointing_needed(model, training_args, longest_row(train_dataset, training_args))
+        adapter = model.peft_config["default"] if training_args.use_lora else None
+        setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
+        needed, why = checkpointing_needed(setup, longest_row(train_dataset, training_args))
         training_args.activation_checkpointing = training_args.gradient_checkpointing = needed
         say(f"note: {why}")
     if training_args.activation_checkpointing and training_args.use_lora:
@@ -435,6 +429,7 @@ def train(argv):
 def main(argv):
     with user_errors_end_the_program():
         train(argv)
+        strategies.leave_ranks()
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ Everything is written into merged-Int4.unfinished, loaded again from there, meas
 kill there is no `merged-Int4`, or a whole one. A model that the rounding has broken gets no name either (exit code 1).
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 
+from mechanisms.data.records import Notices, Problems, find_files
 from mechanisms.errors import UserError, interrupts_end_at_once, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
-from mechanisms.paths import not_empty
+from mechanisms.paths import could_be_on_the_hub, not_empty
 from mechanisms.quiet import silence
 
 # By how much perplexity may grow, by bits. Sound models of 7B and more lose 1 % at 8 bits, 5 % at 4, a fifth at 3, and
@@ -50,7 +52,11 @@ def parse_arguments(argv):
     for name in ("max_len", "max_samples"):
         if getattr(args, name) < 1:
             problems.append(f"--{name} {getattr(args, name)}: at least 1")
-    problems += not_empty("--out_path", args.out_path)
+    if not os.path.isdir(args.model_name_or_path) and not could_be_on_the_hub(args.model_name_or_path):
+        problems.append(f"--model_name_or_path {args.model_name_or_path}: no such folder")
+    data = Problems()
+    find_files(args.data_path, data)
+    problems += data.fatal + not_empty("--out_path", args.out_path)
     if problems:
         raise UserError("\n       ".join(problems))
     return args
@@ -62,18 +68,14 @@ if __name__ == "__main__":  # wrong flags and folders are worth knowing before t
         COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
         parse_arguments(COMMAND_LINE)
 
-import contextlib
 import datetime
 import gc
-import io
 import json
 import math
-import os
 import random
 import shlex
 import shutil
 import time
-from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -84,10 +86,9 @@ from transformers.utils import logging
 from mechanisms.console import counted, say, table
 from mechanisms.data.datasets import read_files, to_conversations
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
-from mechanisms.data.records import Notices, Problems, find_files
 from mechanisms.data.shapes import BadRecord
 from mechanisms.errors import first_line
-from mechanisms.gptq import import_gptqmodel
+from mechanisms.gptq import GROUP_SIZES, quantize
 from mechanisms.loading import LOADING_ERRORS, load_config, load_weights
 from mechanisms.paths import check_disk, source_name
 from mechanisms.qwen1 import convert_if_qwen1
@@ -96,7 +97,6 @@ from mechanisms.tokenizer import end_at_turns, load_tokenizer
 
 SEED = 42  # of the draw of the calibration records
 HELD_BACK = 0.1, 64  # share of the records that perplexity is measured on, and how many at most
-GROUP_SIZES = 16, 32, 64, 128, 256, 512, 1024  # what the kernels know, beside -1: one group for a whole row
 class BrokenModel(Exception):
     """The quantized model is of no use. The message says what was measured."""
 
@@ -204,55 +204,26 @@ def measure(folder, samples):
 
 
 class Progress:
-    """GPTQModel calls it after each layer: a bar on a terminal, lines with the time left in a log file."""
+    """Called after each layer: a bar on a terminal, lines with the time left in a log file."""
 
     def __init__(self, layers):
-        self.layers, self.done, self.start = layers, 0, time.time()
+        self.layers, self.start = layers, time.time()
         self.bar = tqdm(total=layers, desc="quantizing", unit=" layers") if sys.stderr.isatty() else None
 
-    def layer_complete(self, layer_idx, submodule_finalized):
-        if layer_idx < self.done:  # each is reported twice: rounded, and packed
-            return
-        self.done = layer_idx + 1
+    def __call__(self, done):
         if self.bar:
             self.bar.update()
         else:
-            left = (time.time() - self.start) / self.done * (self.layers - self.done)
-            say(f"layer {self.done}/{self.layers}  left {datetime.timedelta(seconds=round(left))}")
-
-
-def quantize(args, folder, samples, layers):
-    """Quantize the model on the samples and write weights and config into `folder`."""
-    gptqmodel = import_gptqmodel()
-    from gptqmodel.looper import loop_processor
-    from gptqmodel.utils import logger
-
-    logger._suppress_live_renderables = lambda: True  # a dozen nested bars; `Progress` says what there is to know
-    scratch = os.path.join(folder, "scratch")  # beside the result: the system's folder may be small
-    loop_processor._PROJECT_LOG_DIR = Path(scratch)  # else a folder `logs` wherever the user happens to be
-    model = gptqmodel.GPTQModel.load(args.model_name_or_path, gptqmodel.QuantizeConfig(
-        bits=args.bits, group_size=args.group_size, desc_act=args.desc_act, act_group_aware=not args.desc_act,
-        sym=True, damp_percent=0.01, offload_to_disk_path=scratch))
-    model.layer_callback = Progress(layers)
-    model.quantize([{"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)}
-                    for sample in samples], batch_size=1, calibration_data_min_length=1)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the config
-        model.save(folder)
-    shutil.rmtree(scratch, ignore_errors=True)
+            left = (time.time() - self.start) / done * (self.layers - done)
+            say(f"layer {done}/{self.layers}  left {datetime.timedelta(seconds=round(left))}")
 
 
 def complete(args, folder, tokenizer):
-    """Everything else that inference needs, and nothing that says where the model was made."""
-    for name in ("config.json", "quantize_config.json"):
-        path = os.path.join(folder, name)
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-        settings.get("quantization_config", settings)["meta"].pop("offload_to_disk_path", None)
-        if name == "config.json":
-            settings.update(use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        write(folder, name, json.dumps(settings, indent=2) + "\n")
-    if os.path.exists(log := os.path.join(folder, "quant_log.csv")):
-        os.remove(log)
+    """Everything else that inference needs."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        settings = json.load(file)
+    settings.update(use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    write(folder, "config.json", json.dumps(settings, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     try:
         generation = GenerationConfig.from_pretrained(args.model_name_or_path)
@@ -304,7 +275,8 @@ def run(argv):
     say(f"Perplexity before: {before:.4f}")
     check_disk("--out_path", unfinished, size_before)  # the layers not yet rounded and those that are
     with interrupts_end_at_once():
-        quantize(args, unfinished, samples, config.num_hidden_layers)
+        quantize(args.model_name_or_path, unfinished, samples, Progress(config.num_hidden_layers),
+                 bits=args.bits, group_size=args.group_size, desc_act=args.desc_act)
     complete(args, unfinished, tokenizer)
     gc.collect()
     after, _ = measure(unfinished, held_back)

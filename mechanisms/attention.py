@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 WITHIN_SAMPLES = "within_samples"
+VARLEN = "varlen"  # what that does on a GPU, for tensors without content, which are on no device
 
 
 def within_samples(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None,
@@ -53,11 +54,17 @@ def _varlen(query, key, value, scaling, bounds, longest, sliding_window):
     """The same by the flash attention that comes with torch, for 16-bit numbers on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=window,
                        enable_gqa=True)[None]
+
+
+def _varlen_anywhere(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None,
+                     sliding_window=None, **kwargs):
+    return _varlen(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
 
 
 def _mask(*, attention_mask=None, q_length, kv_length, local_size=None, **kwargs):
@@ -70,6 +77,8 @@ def _mask(*, attention_mask=None, q_length, kv_length, local_size=None, **kwargs
 
 AttentionInterface.register(WITHIN_SAMPLES, within_samples)
 AttentionMaskInterface.register(WITHIN_SAMPLES, _mask)
+AttentionInterface.register(VARLEN, _varlen_anywhere)
+AttentionMaskInterface.register(VARLEN, _mask)
 
 
 def best_attention(device):

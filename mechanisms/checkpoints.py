@@ -58,7 +58,7 @@ def read_manifest(folder):
 
 
 def checkpoint_to_resume(output_dir, wanted):
-    """Find where to go on.
+    """Find the checkpoint to resume.
 
     Args:
         output_dir: the run's folder.
@@ -106,10 +106,10 @@ def check_same_run(checkpoint, run, defaults):
     different, notes = differences(read_manifest(checkpoint), run, defaults)
     if not different:
         return notes
-    advice = "Give the same settings to go on, or another --output_dir to start a new run."
+    advice = "Give the same settings to resume, or another --output_dir to start a new run."
     if [line.split(":")[0] for line in different] == ["ranks"]:
         part = os.path.join(checkpoint, f"global_step{os.path.basename(checkpoint).rpartition('-')[2]}")
-        advice = ("DeepSpeed's part of a checkpoint is cut for its number of ranks. To go on with another number, "
+        advice = ("DeepSpeed's part of a checkpoint is cut for its number of ranks. To resume with another number, "
                   f"convert it once:\n         {shlex.join(universal_command(part))}\n"
                   '       and add "checkpoint": {"load_universal": true} to the --deepspeed config.')
     raise UserError(f"{checkpoint} belongs to a run with other settings:\n       " + "\n       ".join(different)

@@ -103,6 +103,25 @@ def output_linear(model):
     return (head, head) if type(head) is torch.nn.Linear else None
 
 
+def loss_bytes(model, tokens, compute, device_type):
+    """The most that the loss of `tokens` labelled tokens takes beside the model and its output.
+
+    Args:
+        model: whose weights need no content.
+        compute: dtype that matrices are multiplied in.
+    """
+    found = output_linear(model)
+    if not found:  # logits, probabilities and gradient, all of them at once
+        return 3 * 4 * tokens * model.config.vocab_size
+    weight = found[1].weight
+    # A chunk of logits; in 16 bits the products and their errors stand beside it.
+    total = min(4 * tokens * len(weight), chunk_bytes(device_type)) * (1 if compute == torch.float32 else 2)
+    total += 4 * tokens * weight.shape[1]  # gradient of the output
+    if weight.requires_grad:  # its gradient, and in 16 bits a chunk's product that is added to it
+        total += weight.numel() * (4 if compute == torch.float32 else 4 + compute.itemsize)
+    return total + (0 if weight.dtype == compute else weight.numel() * compute.itemsize)
+
+
 class HeadLoss:
     """Takes over the output layer of `model` while `computing` a loss; does nothing the rest of the time.
 

@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
-from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel
+from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq
 from mechanisms.paths import could_be_on_the_hub, find_base
 from mechanisms.qwen1 import convert_if_qwen1, todays_names
 from mechanisms.tokenizer import end_at_turns, load_tokenizer
@@ -23,8 +23,7 @@ def load_weights(path, **options):
 
     Raises UserError for such a folder, and LOADING_ERRORS as that does.
     """
-    quantization = getattr(options.get("config") or AutoConfig.from_pretrained(path), "quantization_config", None)
-    if quantization and quantization.get("quant_method") == "gptq":
+    if is_gptq(options.get("config") or AutoConfig.from_pretrained(path)):
         import_gptqmodel()
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
@@ -72,8 +71,7 @@ def _put_on(model, base, path):
     """The adapter at `path` on its base model. Raises UserError if it does not fit."""
     from peft import PeftModel
 
-    quantized = getattr(model.config, "quantization_config", None) is not None
-    with gptqmodel_hidden(not quantized), warnings.catch_warnings():
+    with gptqmodel_hidden(not is_gptq(model.config)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of choices made in training, but one warning says something else:
         warnings.filterwarnings("error", "Found missing adapter keys")  # the adapter is of a model with fewer layers
         try:

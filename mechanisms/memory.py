@@ -1,107 +1,211 @@
-"""Whether a row's activations fit into memory, or are better computed a second time in the backward pass."""
+"""How much memory training takes on each rank, and whether a row's activations fit or are better computed twice.
 
+The model's config is enough: its network is built without content, and nothing is loaded. What is not counted are
+fragmentation, the buffers of collectives, and the weights that ZeRO-3 gathers for the layers at work.
+"""
+
+import contextlib
 import copy
 import os
+from typing import NamedTuple
 
 import psutil
 import torch
-from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from torch.overrides import TorchFunctionMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from mechanisms.attention import WITHIN_SAMPLES
-from mechanisms.head_loss import chunk_bytes
+from mechanisms import gptq
+from mechanisms.attention import VARLEN, WITHIN_SAMPLES
+from mechanisms.head_loss import loss_bytes
 
-RESERVE = 0.15  # share of the memory for fragmentation, buffers of collectives and what an estimate does not know
+RESERVE = 0.15  # share of the memory that is kept for what is not counted
 
 
-def checkpointing_needed(model, training_args, tokens):
-    """Decide --gradient_checkpointing auto, for all ranks alike: -> (bool, a line that says why).
+class Setup(NamedTuple):
+    """How a model is trained, as far as memory depends on it.
 
     Args:
-        model: as it will be trained, adapters included.
-        tokens: of the longest row that a rank will see.
+        config: the model's. If its weights are quantized with GPTQ, it says so.
+        adapter: peft's LoraConfig; None: all weights are trained.
+        nf4: the linear layers' frozen weights are held in 4 bits (--q_lora on a 16-bit model).
+        compute: dtype of matrix products and of frozen weights.
+        trained: dtype of trained weights and their gradients; autocast casts them if `compute` is another one.
+        ranks: processes that share the work.
+        stage: of DeepSpeed's ZeRO; None: no DeepSpeed, and several ranks are DDP.
+        offload_optimizer, offload_weights: whether DeepSpeed keeps these in the CPU's memory.
+        device: torch.device that trains.
+        optim, optim_args: the values of these flags.
     """
-    if getattr(model.config, "num_experts", None):
+    config: PretrainedConfig
+    adapter: object = None
+    nf4: bool = False
+    compute: torch.dtype = torch.bfloat16
+    trained: torch.dtype = torch.float32
+    ranks: int = 1
+    stage: int | None = None
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    device: torch.device = torch.device("cuda")
+    optim: str = "adamw_torch_fused"
+    optim_args: str | None = None
+
+
+class State(NamedTuple):
+    """Bytes that one rank holds from step to step."""
+    weights: float
+    gradients: float
+    optimizer: float
+    offloaded: float  # not on the device but in the CPU's memory
+    notes: list[str]  # what had to be guessed
+
+
+def checkpointing_needed(setup, tokens):
+    """Decide --gradient_checkpointing auto, for all ranks alike: -> (bool, a line that says why).
+
+    tokens: of the longest row that a rank will see.
+    """
+    if getattr(setup.config, "num_experts", None):
         return True, "gradient checkpointing is on: what a network of experts needs without it depends on the data"
-    available, state = available_bytes(training_args), state_bytes(model, training_args)
-    stored, recomputed = activation_bytes(model, training_args, tokens)
-    needed = torch.tensor(float(state + stored > available * (1 - RESERVE)), device=training_args.device)
+    available, state = available_bytes(setup.device), training_state(setup)
+    held = state.weights + state.gradients + state.optimizer + row_loss_bytes(setup, tokens)
+    stored, recomputed = (held + activations for activations in activation_bytes(setup, tokens))
+    needed = torch.tensor(float(stored > available * (1 - RESERVE)), device=setup.device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(needed, torch.distributed.ReduceOp.MAX)
-    return bool(needed), (
+    return bool(needed), "; ".join([
         f"gradient checkpointing is {'on' if needed else 'off'}: a row of {tokens:,} tokens needs about "
-        f"{(state + stored) / 1e9:,.1f} GB without it, {(state + recomputed) / 1e9:,.1f} GB with it, of "
-        f"{available / 1e9:,.1f} GB")
+        f"{stored / 1e9:,.1f} GB without it, {recomputed / 1e9:,.1f} GB with it, of {available / 1e9:,.1f} GB",
+        *state.notes])
 
 
-def available_bytes(training_args):
+def available_bytes(device):
     """Memory that this rank can have, counting what it holds already."""
-    device = training_args.device
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return psutil.virtual_memory().available / ranks_here + psutil.Process().memory_info().rss
 
 
-def state_bytes(model, training_args):
-    """Weights, gradients, AdamW's two moments and the loss's chunk of logits on this rank, in bytes.
+def training_state(setup):
+    """-> State.
 
-    DeepSpeed keeps an fp32 copy of what is trained, divided among the ranks as the moments are; from stage 2 on the
-    gradients are divided too, in stage 3 the weights (Rajbhandari et al., ZeRO, arXiv:1910.02054, section 5).
+    DeepSpeed keeps an fp32 copy of what is trained, divided among the ranks as the optimizer's state is, and if that is
+    offloaded an fp32 gradient too; from stage 2 on the gradients are divided, in stage 3 the weights (Rajbhandari et
+    al., ZeRO, arXiv:1910.02054, section 5). DDP holds the gradients a second time, in its buckets.
     """
-    deepspeed = getattr(training_args, "hf_deepspeed_config", None)
-    zero = deepspeed.config.get("zero_optimization", {}) if deepspeed else {}
-    ranks, stage = training_args.world_size, zero.get("stage", 0)
-    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu" and training_args.device.type == "cuda"
-    total = 3 * chunk_bytes(training_args.device.type)
-    for parameter in model.parameters():
-        count, size = getattr(parameter, "ds_numel", parameter.numel()), parameter.element_size()
-        total += count * size / (ranks if stage == 3 else 1)
+    network, packed = _network(setup)
+    embeddings = {module.weight for module in network.modules() if isinstance(module, torch.nn.Embedding)}
+    optim, notes, deepspeed = setup.optim, [], setup.stage is not None
+    if optimizer_bytes(optim) is None:
+        notes.append(f"what --optim {optim} holds is not known here and counted as AdamW's")
+        optim = "adamw"
+    # Trainer gives embeddings 32 bits in bitsandbytes' optimizers; DeepSpeed does not let them know their weights.
+    of_embeddings = optim if deepspeed or optim.startswith("adamw_torch") else optim.replace("8bit", "32bit")
+    weights = gradients = copies = moments = 0
+    for parameter in network.parameters():
+        weights += packed.get(parameter, parameter.nbytes)
         if parameter.requires_grad:
-            total += count * size / (ranks if stage >= 2 else 1)
-            total += 0 if offloaded else count * (12 / ranks if stage else 8)
-    return total
+            gradients += parameter.nbytes
+            copies += deepspeed * (8 if setup.offload_optimizer else 4) * parameter.numel()
+            moments += parameter.numel() * optimizer_bytes(
+                of_embeddings if parameter in embeddings else optim, setup.optim_args)
+    if setup.ranks > 1:
+        weights /= setup.ranks if setup.stage == 3 else 1
+        gradients *= 2 if not deepspeed else 1 / setup.ranks if setup.stage >= 2 else 1
+        copies, moments = (held / (setup.ranks if setup.stage else 1) for held in (copies, moments))
+    offloaded = 0
+    if setup.device.type != "cpu":
+        if setup.offload_weights:
+            weights, offloaded = 0, weights
+        if setup.offload_optimizer or optim.startswith("paged"):  # pages leave the device where it has no room
+            moments, offloaded = 0, offloaded + moments
+        if setup.offload_optimizer:
+            copies, offloaded = 0, offloaded + copies
+    return State(weights, gradients, copies + moments, offloaded, notes)
 
 
-def activation_bytes(model, training_args, tokens):
-    """(stored, recomputed): what autograd keeps of one row for the backward pass, without and with checkpointing.
+def optimizer_bytes(optim, optim_args=None):
+    """Bytes that the optimizer of --optim and --optim_args holds per trained weight; None: not known here.
+
+    From the sources of torch, transformers, bitsandbytes and torchao: numbers per weight, in fp32 or in 8 or 4 bits and
+    one fp32 scale for 256 of them (tensors below 4,096 stay in fp32). Adam has two moments, AdEMAMix three, Lion,
+    Adagrad and RMSprop one, SGD none; SGD and RMSprop have one more with momentum. Adafactor's sums of rows and columns
+    are next to nothing.
+    """
+    numbers = {"adam": 2, "ademamix": 3, "lion": 1, "adagrad": 1, "rmsprop": 1, "sgd": 0, "adafactor": 0}
+    name = next((name for name in numbers if optim.removeprefix("paged_").startswith(name)), None)
+    if name is None:
+        return None
+    momentum = name in ("sgd", "rmsprop") and "momentum=" in (optim_args or "")
+    return (numbers[name] + momentum) * (1 + 4 / 256 if "8bit" in optim else 1 / 2 + 4 / 256 if "4bit" in optim else 4)
+
+
+def row_loss_bytes(setup, tokens):
+    """The most that the loss of a row takes, if all its tokens are trained: when its activations are all there."""
+    return loss_bytes(_network(setup, 1)[0], tokens, setup.compute, setup.device.type)
+
+
+def activation_bytes(setup, tokens):
+    """(stored, recomputed): what is kept of one row for the backward pass, without and with checkpointing.
 
     Counted, not computed from a formula: the network runs with one and with two layers, on short and on longer rows, on
     tensors that have no content, and all that autograd saves is added up. It grows linearly with layers and tokens.
     """
-    adapter = getattr(model, "peft_config", {}).get("default")
-    dtype = next(parameter.dtype for parameter in model.parameters()
-                 if parameter.is_floating_point() and not (adapter and parameter.requires_grad))
-    autocast = (training_args.bf16 or training_args.fp16) and not training_args.deepspeed
     short, long = 128, 256
-    one, two = ({length: _saved_bytes(model.config, layers, adapter, dtype, autocast, length)
-                 for length in (short, long)} for layers in (1, 2))
+    runs = {(layers, length): _run(setup, layers, length) for layers in (1, 2) for length in (short, long)}
 
-    def at(tokens, count):
-        return count[short] + (count[long] - count[short]) * (tokens - short) / (long - short)
+    def at(tokens, layers):
+        first, second = (runs[layers, length][0] for length in (short, long))
+        return first + (second - first) * (tokens - short) / (long - short)
 
-    layer = at(tokens, two) - at(tokens, one)
-    layers = model.config.num_hidden_layers
-    inputs = layers * tokens * model.config.hidden_size * dtype.itemsize
-    return at(tokens, one) + (layers - 1) * layer, at(tokens, one) + inputs
+    def layer(tokens):
+        return at(tokens, 2) - at(tokens, 1)
+
+    layers, unpacked = setup.config.num_hidden_layers, 0
+    if gptq.is_gptq(setup.config):  # the kernel unpacks a layer's weights, and autograd keeps what it made of them
+        unpacked = sum(weight.numel() for weight in _network(setup, 1)[1]) * setup.compute.itemsize
+    # Checkpointed, there are the inputs of all layers and the one layer at work. What does not grow with the row are
+    # copies of trained weights: autocast keeps those of all layers until the forward pass ends.
+    inputs = layers * tokens * runs[1, long][1] / long
+    return (at(tokens, 1) + (layers - 1) * layer(tokens) + layers * unpacked,
+            at(tokens, 1) + (layers - 1) * layer(0) + inputs + unpacked)
 
 
-def _saved_bytes(config, layers, adapter, dtype, autocast, tokens):
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    config._attn_implementation = WITHIN_SAMPLES  # flash-attn's keeps as much, but wants a GPU
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-            if adapter:
-                network = get_peft_model(network, copy.deepcopy(adapter)).get_base_model()
-    finally:
-        torch.set_default_dtype(default)
+def _network(setup, layers=None):
+    """(the network as it is trained, on the meta device, {weight that is held in fewer bits: its bytes}).
+
+    layers: how many of its layers; None: all.
+    """
+    config = copy.deepcopy(setup.config)
+    on_gpu = setup.device.type == "cuda" and setup.compute.itemsize == 2
+    config._attn_implementation = VARLEN if on_gpu else WITHIN_SAMPLES  # flash-attn's keeps as much as VARLEN
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    with torch.device("meta"):
+        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        packed, head = {}, network.get_output_embeddings()
+        for module in network.modules():
+            if isinstance(module, torch.nn.Linear) and module is not head:
+                if gptq.is_gptq(config):
+                    packed[module.weight] = gptq.packed_bytes(config, module)
+                elif setup.nf4:  # half a byte, a byte more for 64 of them, a float for 256 of these bytes
+                    packed[module.weight] = module.weight.numel() * (1 / 2 + 1 / 64 + 4 / 64 / 256)
+        if setup.adapter:
+            from peft import get_peft_model
+
+            with gptq.gptqmodel_hidden(True):
+                network = get_peft_model(network, copy.deepcopy(setup.adapter)).get_base_model()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(setup.trained if parameter.requires_grad else setup.compute)
+    return network, packed
+
+
+def _run(setup, layers, tokens):
+    """(bytes that autograd saves of a row in that many layers, bytes of what one layer hands to the next)."""
+    network, _ = _network(setup, layers)
     saved = {}
 
     def count(tensor):
@@ -109,17 +213,31 @@ def _saved_bytes(config, layers, adapter, dtype, autocast, tokens):
         saved[storage._cdata] = storage  # held, so that its address stays its own
         return tensor
 
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)  # of the samples in the row: one
     with FakeTensorMode():
         for module in network.modules():
             for name, tensor in module._parameters.items():
                 if tensor is not None:
                     module._parameters[name] = torch.nn.Parameter(
-                        torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=tensor.requires_grad)
+                        torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
             for name, tensor in module._buffers.items():
                 if tensor is not None:
                     module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), \
-                torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            network.train().base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-        return sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
+                torch.autocast("cpu", setup.compute, enabled=setup.compute != setup.trained), \
+                _FusedDropout() if setup.device.type == "cuda" else contextlib.nullcontext():
+            output = network.train().base_model(
+                input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False, cu_seq_lens_q=bounds,
+                cu_seq_lens_k=bounds, max_length_q=tokens, max_length_k=tokens)
+        return (sum(storage.nbytes() for address, storage in saved.items() if address not in weights),
+                output.last_hidden_state.nbytes)
+
+
+class _FusedDropout(TorchFunctionMode):
+    """Dropout as on a GPU, which keeps a byte for each element instead of a float."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is torch.nn.functional.dropout:
+            return torch.native_dropout(*arguments, options["p"], options["training"])[0]
+        return function(*arguments, **(options or {}))

@@ -24,12 +24,6 @@ def silence():
     # On CPUs with bfloat16 instructions bitsandbytes remarks that it has not found a package with other kernels.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-    # Loading GPTQ models, optimum asks the inner network for every attribute, one of which then wonders; and a map of a
-    # single device is left on the model, which Trainer takes for several.
-    for logger, words in (("transformers.modeling_utils", "`loss_type=None` was set"),
-                          ("transformers.trainer", "The model is already on multiple devices")):
-        logging.getLogger(logger).addFilter(lambda record, words=words: words not in record.getMessage())
-
     # Bars that redraw themselves fill a log file with fragments.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -32,6 +32,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mechanisms.console import counted, say
 from mechanisms.errors import UserError, first_line
+from mechanisms.gptq import portable_backend
 from mechanisms.paths import QWEN1_PREFIX, could_be_on_the_hub
 from mechanisms.tokenizer import QWEN_CHATML
 
@@ -239,8 +240,8 @@ def _quantization(settings):
         settings["modules_in_block_to_quantize"] = [
             [now for name in group for now in PROJECTIONS.get(name, [name])]
             for group in settings["modules_in_block_to_quantize"]]
-    if settings.get("group_size") not in (32, 64, 128, 256):
-        settings["backend"] = "gptq_torch"  # on a CPU gptqmodel takes one that fails with others (published ones: 128)
+    if backend := portable_backend(settings.get("group_size")):
+        settings["backend"] = backend
     return settings
 
 

@@ -10,6 +10,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from transformers.utils import is_liger_kernel_available
 
 from mechanisms.errors import UserError
+from mechanisms.memory import Setup
 
 
 def choose_precision(bf16, fp16, use_cpu):
@@ -28,6 +29,10 @@ def choose_precision(bf16, fp16, use_cpu):
     if bf16 is None and fp16 is None:
         return cuda and has_bf16, cuda and not has_bf16
     return bool(bf16), bool(fp16)
+
+
+def compute_dtype(training_args):
+    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 
 
 def deepspeed_config(value):
@@ -79,6 +84,22 @@ def strategy_name(training_args):
     if deepspeed:
         return f"ZeRO-{deepspeed.config.get('zero_optimization', {}).get('stage', 0)}"
     return "FSDP" if training_args.fsdp else "DDP" if training_args.world_size > 1 else "one process"
+
+
+def memory_setup(config, adapter, nf4, training_args):
+    """-> `mechanisms.memory.Setup`, which explains config, adapter and nf4. FSDP is taken for DDP, which needs more."""
+    compute, deepspeed = compute_dtype(training_args), _deepspeed(training_args)
+    zero = deepspeed.config.get("zero_optimization", {}) if deepspeed else {}
+    optim = training_args.optim.value
+    if deepspeed and "optimizer" in deepspeed.config:
+        optim = deepspeed.config["optimizer"]["type"].lower()
+    return Setup(
+        config=config, adapter=adapter, nf4=nf4, compute=compute,
+        trained=compute if deepspeed else torch.float32,  # DeepSpeed keeps its own fp32 copy
+        ranks=training_args.world_size, stage=zero.get("stage", 0) if deepspeed else None,
+        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
+        device=training_args.device, optim=optim, optim_args=training_args.optim_args)
 
 
 def resume_facts(training_args):
@@ -154,3 +175,9 @@ def join_ranks(training_args):
 
         deepspeed.init_distributed("gloo" if training_args.use_cpu else "nccl")
     return training_args.device
+
+
+def leave_ranks():
+    """At the end of a program: an interpreter that ends with open connections may abort, after all was done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ import os
 import shlex
 
 from mechanisms.console import table
+from mechanisms.gptq import packed_weights
 from mechanisms.paths import source_name
 from mechanisms.strategies import strategy_name
 
@@ -32,7 +33,7 @@ def step_count(training_args, dataset):
 
 def before_training(model, training_args, lora_args, dataset):
     """What is trained, on what and in which precision, as lines."""
-    parameters, trained = packed_count(model), 0
+    parameters, trained = packed_weights(model), 0
     for parameter in model.parameters():
         parameters += parameter_count(parameter)
         trained += parameter_count(parameter) * parameter.requires_grad
@@ -64,13 +65,6 @@ def parameter_count(parameter):
     if type(parameter).__name__ == "Params4bit":
         return math.prod(parameter.quant_state.shape)
     return parameter.numel()
-
-
-def packed_count(model):
-    """Number of weights in GPTQ layers: they are packed into buffers, which are no parameters."""
-    layers = [module for module in model.modules() if "qweight" in dict(module.named_buffers(recurse=False))]
-    return sum(layer.in_features * layer.out_features + (0 if layer.bias is None else layer.bias.numel())
-               for layer in layers)
 
 
 def after_training(trainer, result, evaluated, prompt_note):

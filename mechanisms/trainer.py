@@ -113,7 +113,8 @@ class SafeTrainer(Trainer):
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_manifest(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self.run)
+            write_manifest(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self.run,
+                           resumable=not self.args.save_only_model)
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
     def log(self, logs, start_time=None):

@@ -30,6 +30,15 @@ def real_data():
     return Path(REAL_DATA)
 
 
+@pytest.fixture(scope="module", params=REAL_TOKENIZERS)
+def real(request, real_data):
+    """(name, tokenizer, ConversationEncoder), for each of REAL_TOKENIZERS in turn."""
+    from finetune import ConversationEncoder, load_tokenizer
+
+    tokenizer = load_tokenizer(str(real_data / "tokenizers" / request.param))
+    return request.param, tokenizer, ConversationEncoder(tokenizer, max_length=8192)
+
+
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
     """make_model(**arguments of make_tiny_model) -> folder; each kind is made once."""
@@ -52,6 +61,21 @@ def make_model(tmp_path_factory):
 def cache_dir(tmp_path_factory):
     """One token cache for the session."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def train(make_model, cache_dir, tmp_path):
+    """train(*flags) -> Trainer of a run on the examples, every step logged, nothing saved on the way."""
+    import finetune
+    from examples.make_tiny_model import EXAMPLES
+
+    def run(*flags):
+        return finetune.train([str(word) for word in (
+            "--model_name_or_path", make_model(), "--data_path", EXAMPLES / "data", "--cache_dir", cache_dir,
+            "--output_dir", tmp_path / "out", "--per_device_train_batch_size", 2, "--logging_steps", 1,
+            "--save_strategy", "no", "--model_max_length", 256, "--learning_rate", "1e-3", *flags)])
+
+    return run
 
 
 @pytest.fixture

@@ -71,9 +71,8 @@ class Oracle:
 
     def answer(self, message, opening):
         """What the model must say behind a prompt that ends in `opening`: [exact text, or the same trimmed]."""
-        thinking, words = self.split(message)
-        for thinking, words in ((thinking, words), (thinking.strip("\n"), words.lstrip("\n")),
-                                (thinking.strip(), words.strip())):
+        whole = self.split(message)
+        for thinking, words in (whole, (whole[0].strip("\n"), whole[1].lstrip("\n")), map(str.strip, whole)):
             block = f"<think>\n{thinking}\n</think>\n\n" if self.has_thinking and "</think>" not in opening else ""
             if "<think>" in opening and "</think>" not in opening:
                 block = block.removeprefix("<think>\n")

@@ -8,18 +8,23 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from mechanisms.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MOST = 32  # processes; beyond that the one that reads and writes the files sets the pace
 
 
-def count_cores():
+def count_cores() -> int:
     """How many processes `on_all_cores` takes."""
     return min(MOST, len(os.sched_getaffinity(0)))
 
 
-def on_all_cores(function, items):
+def on_all_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Yield function(item) of each item, in their order, computed by as many processes as there are cores.
 
     The processes are forks of this one: they have all that `function` needs without a copy, and it must not touch the

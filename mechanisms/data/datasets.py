@@ -76,12 +76,12 @@ def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport)
         found, ids, labels, lengths, digests = DataReport(), [], [], [], []
         for place, conversation in to_conversations(records, found.problems, found.notices):
             try:
-                rows = encoder.rows(conversation, found.notices)
-                samples = [encoder.encode(*row) for row in rows]
+                excerpts = encoder.excerpts(conversation, found.notices)
+                samples = [encoder.encode(excerpt, text) for excerpt, text in excerpts]
             except BadRecord as bad:
                 found.problems.add(place, bad.args[0], conversation.shown())
                 continue
-            for number in found.count(conversation, [row for row, _ in rows], samples):
+            for number in found.count(conversation, [excerpt for excerpt, _ in excerpts], samples):
                 ids += samples[number].input_ids
                 labels += samples[number].labels
                 lengths.append(len(samples[number].input_ids))
@@ -109,13 +109,14 @@ def load_lazily(files: list[str], encoder: ConversationEncoder, report: DataRepo
     for place, conversation in to_conversations(
             read_files(files, report.problems), report.problems, report.notices):
         try:
-            rows = encoder.rows(conversation, report.notices)
-            samples = [encoder.encode(row, text) if _bytes(text) > encoder.max_length else None for row, text in rows]
+            excerpts = encoder.excerpts(conversation, report.notices)
+            samples = [encoder.encode(excerpt, text) if _bytes(text) > encoder.max_length else None
+                       for excerpt, text in excerpts]
         except BadRecord as bad:
             report.problems.add(place, bad.args[0], conversation.shown())
             continue
-        for number in report.count(conversation, [row for row, _ in rows], samples):
-            items.append((conversation, rows[number][0]))
+        for number in report.count(conversation, [excerpt for excerpt, _ in excerpts], samples):
+            items.append((conversation, excerpts[number][0]))
             digests.append(conversation.digest)
     report.counts_tokens = False
     return LazySamples(items, digests, encoder)
@@ -126,7 +127,7 @@ def _bytes(text):
 
 
 class LazySamples:
-    """The samples of `TokenCache`, each tokenized when it is asked for. items: (Conversation, its Row)."""
+    """The samples of `TokenCache`, each tokenized when it is asked for. items: (Conversation, its Excerpt)."""
 
     lengths = fill = None
 
@@ -137,8 +138,8 @@ class LazySamples:
         return len(self.items)
 
     def __getitem__(self, index):
-        conversation, row = self.items[index]
-        sample = self.encoder.encode(row, self.encoder.text(conversation, row))
+        conversation, excerpt = self.items[index]
+        sample = self.encoder.encode(excerpt, self.encoder.text(conversation, excerpt))
         return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels, np.int32)}
 
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mechanisms.data.records import Notices
 from mechanisms.data.shapes import BadRecord, Conversation
 from mechanisms.data.template import END, HEADER, ChatTemplate
 from mechanisms.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100  # the label of a token that is not trained (torch.nn.functional.cross_entropy's ignore_index)
 
@@ -18,12 +21,12 @@ class Sample(NamedTuple):
     outcome: "kept", "truncated", or why it is left out ("nothing to learn", "too long").
     """
 
-    input_ids: list
-    labels: list
+    input_ids: list[int]
+    labels: list[int]
     outcome: str
 
 
-class Row(NamedTuple):
+class Excerpt(NamedTuple):
     """One sample of a conversation, before it is tokenized.
 
     last: number of the message that it ends with, an answer
@@ -33,8 +36,8 @@ class Row(NamedTuple):
     """
 
     last: int
-    answers: list
-    trained: list
+    answers: list[tuple[int, int, bool]]
+    trained: list[tuple[int, int]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,7 +61,7 @@ class ConversationEncoder:
     cannot be told from their prompts, or has no such mode.
     """
 
-    tokenizer: object
+    tokenizer: "PreTrainedTokenizerFast"
     max_length: int
     loss_on: Literal["assistant", "last", "all"] = "assistant"
     overlong: Literal["truncate", "drop", "error"] = "truncate"
@@ -76,11 +79,11 @@ class ConversationEncoder:
 
     def __call__(self, conversation: Conversation, notices: Notices | None = None) -> list[Sample]:
         """Encode one conversation; `notices` counts what was changed in it. Raises BadRecord."""
-        rows = self.rows(conversation, Notices() if notices is None else notices)
-        return [self.encode(row, text) for row, text in rows]
+        excerpts = self.excerpts(conversation, Notices() if notices is None else notices)
+        return [self.encode(excerpt, text) for excerpt, text in excerpts]
 
-    def rows(self, conversation: Conversation, notices: Notices) -> list[tuple[Row, str]]:
-        """The samples of a conversation as (Row, its text); none if nothing of it is trained. Raises BadRecord."""
+    def excerpts(self, conversation: Conversation, notices: Notices) -> list[tuple[Excerpt, str]]:
+        """The samples of a conversation as (Excerpt, its text); none if nothing of it is trained. Raises BadRecord."""
         messages, tools = self._prepared(conversation, notices)
         said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [number for number, trained in zip(said, conversation.trained) if trained]
@@ -89,24 +92,25 @@ class ConversationEncoder:
         if not wanted:
             return []
         modes = self._modes(messages, tools, wanted)
-        rows = self._share(self._located(messages, tools, said, wanted, modes, notices))
-        if self.earlier_answers == "skip" and len(rows) > 1:
-            notices["earlier answer left out (--earlier_answers skip)"] += sum(len(row.answers) for row, _ in rows[:-1])
-            rows = rows[-1:]
+        excerpts = self._share(self._located(messages, tools, said, wanted, modes, notices))
+        if self.earlier_answers == "skip" and len(excerpts) > 1:
+            left_out = sum(len(excerpt.answers) for excerpt, _ in excerpts[:-1])
+            notices["earlier answer left out (--earlier_answers skip)"] += left_out
+            excerpts = excerpts[-1:]
         if self.loss_on == "all":
-            row, text = rows[-1]
-            rows[-1] = row._replace(trained=_all_but_other_answers(row, text)), text
-        return rows
+            excerpt, text = excerpts[-1]
+            excerpts[-1] = excerpt._replace(trained=_all_but_other_answers(excerpt, text)), text
+        return excerpts
 
-    def text(self, conversation: Conversation, row: Row) -> str:
-        """The text of a row that `rows` has returned with it, rendered again."""
+    def text(self, conversation: Conversation, excerpt: Excerpt) -> str:
+        """The text of an excerpt that `excerpts` has returned with it, rendered again."""
         messages, tools = self._prepared(conversation, Notices())
-        return self.template.answered(messages[:row.last + 1], tools, row.answers[-1][2], Notices())[0]
+        return self.template.answered(messages[:excerpt.last + 1], tools, excerpt.answers[-1][2], Notices())[0]
 
-    def encode(self, row: Row, text: str) -> Sample:
-        """A row of a conversation -> Sample. Raises BadRecord."""
-        ids, labels, trained, until = [], [], dict(row.trained), 0
-        cuts = {0, len(text), *(start for start, _, _ in row.answers), *itertools.chain(*row.trained)}
+    def encode(self, excerpt: Excerpt, text: str) -> Sample:
+        """An excerpt of a conversation -> Sample. Raises BadRecord."""
+        ids, labels, trained, until = [], [], dict(excerpt.trained), 0
+        cuts = {0, len(text), *(start for start, _, _ in excerpt.answers), *itertools.chain(*excerpt.trained)}
         for start, end in itertools.pairwise(sorted(cuts)):
             until = trained.get(start, until)
             piece = self.ids_of(text[start:end])
@@ -170,23 +174,23 @@ class ConversationEncoder:
         return located
 
     def _share(self, located):
-        """As few rows as there can be: an answer joins the row of a later one whose prompt begins with it."""
-        rows = []
+        """As few excerpts as there can be: an answer joins the excerpt of a later one whose prompt begins with it."""
+        excerpts = []
         for number, mode, text, start, end in reversed(located):
-            alone = rows and self.template.joined(text, start)  # a longer prompt has its first token otherwise
-            for row, longer in () if alone else rows:
+            alone = excerpts and self.template.joined(text, start)  # a longer prompt has its first token otherwise
+            for excerpt, longer in () if alone else excerpts:
                 if longer.startswith(text[:end]):
-                    row.answers.insert(0, (start, end, mode))
-                    row.trained.insert(0, (start, end))
+                    excerpt.answers.insert(0, (start, end, mode))
+                    excerpt.trained.insert(0, (start, end))
                     break
             else:
-                rows.insert(0, (Row(number, [(start, end, mode)], [(start, end)]), text))
-        return rows
+                excerpts.insert(0, (Excerpt(number, [(start, end, mode)], [(start, end)]), text))
+        return excerpts
 
 
-def _all_but_other_answers(row, text):
-    """The pieces of a row's text outside the answers that are not trained in it."""
-    own, pieces, place = {end for _, end, _ in row.answers}, [], 0
+def _all_but_other_answers(excerpt, text):
+    """The pieces of an excerpt's text outside the answers that are not trained in it."""
+    own, pieces, place = {end for _, end, _ in excerpt.answers}, [], 0
     header = text.find(HEADER)
     while header >= 0:
         start = header + len(HEADER)

@@ -1,9 +1,11 @@
 """Samples gathered into rows of at most so many tokens."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def best_fit_decreasing(lengths, capacity, seed):
+def best_fit_decreasing(lengths: np.ndarray | Sequence[int], capacity: int, seed: int) -> list[list[int]]:
     """Assign samples to rows: longest first, each into the fullest row that still has room for it.
 
     (Best-fit decreasing needs at most 11/9 of the fewest possible rows plus a constant: Johnson et al., 1974,

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from mechanisms.errors import UserError
@@ -21,7 +22,7 @@ class Place(NamedTuple):
     line: int
     number: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.path}:{self.line} (record {self.number})"
 
 
@@ -67,10 +68,10 @@ class Problems:
     """
 
     def __init__(self):
-        self.rejected = []
-        self.fatal = []
+        self.rejected: list[dict] = []
+        self.fatal: list[str] = []
 
-    def add(self, place, reasons, data):
+    def add(self, place: Place, reasons: list[tuple[str, str]], data: object) -> None:
         """Reject the record at `place`. reasons: list of (kind, detail), the kind the same for all records alike."""
         if deeper(data):
             data = "(nested too deeply to be shown)"
@@ -80,12 +81,12 @@ class Problems:
             "kinds": [kind for kind, _ in reasons], "data": data,
         })
 
-    def extend(self, other):
+    def extend(self, other: "Problems") -> None:
         """Take over the problems of other records."""
         self.rejected += other.rejected
         self.fatal += other.fatal
 
-    def report(self):
+    def report(self) -> str:
         """One line per problem for the first 20 rejected records, then a count per kind."""
         lines = list(self.fatal)
         for row in self.rejected[:_SHOWN]:
@@ -100,17 +101,17 @@ class Problems:
             lines += [f"    {count:>7} x {kind}" for kind, count in kinds.most_common()]
         return "\n".join(lines)
 
-    def stop_or_skip(self, allowed):
+    def stop_or_skip(self, allowed: int) -> None:
         """Raise UserError unless the input can be used when up to `allowed` rejected records are left out."""
         if self.fatal or len(self.rejected) > allowed:
             advice = ""
             if self.rejected:
                 rows = "1 record" if len(self.rejected) == 1 else f"{len(self.rejected)} records"
-                advice = (f"\n{rows} rejected. Mend the data, or leave such records out with "
+                advice = (f"\n{rows} rejected. Fix the data, or leave such records out with "
                           f"--skip_bad_rows {len(self.rejected)} (they are then listed in rejected.jsonl).")
             raise UserError(f"the data cannot be used as it is:\n{self.report()}{advice}")
 
-    def write(self, path):
+    def write(self, path: str | os.PathLike) -> None:
         """The rejected records with their reasons, one JSON object a line."""
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # half characters as JSON has them
             for row in self.rejected:
@@ -118,7 +119,7 @@ class Problems:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def find_files(patterns, problems):
+def find_files(patterns: Iterable[str], problems: Problems) -> list[str]:
     """Data files for a list of files, folders (every .json and .jsonl below) and globs, in a fixed order."""
     files = []
     for pattern in patterns:
@@ -137,7 +138,7 @@ def find_files(patterns, problems):
     return list(dict.fromkeys(files))
 
 
-def read_records(path, problems):
+def read_records(path: str, problems: Problems) -> Iterator[tuple[Place, object]]:
     """Yield (Place, record) for a JSON array or JSON Lines file, told apart by content, not by name.
 
     UTF-8 with or without byte order mark, LF or CRLF. A line of JSON Lines that is broken is added to `problems` and

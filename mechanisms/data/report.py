@@ -3,7 +3,9 @@
 import collections
 
 from mechanisms.console import table
+from mechanisms.data.encoder import IGNORED, Excerpt, Sample
 from mechanisms.data.records import Notices, Problems
+from mechanisms.data.shapes import Conversation
 
 MUCH_GROWTH = 3  # times the tokens of the conversations, from which a note names it
 
@@ -20,12 +22,12 @@ class DataReport:
         self.kept = self.samples = self.truncated = self.tokens = self.trained = self.longest = 0
         self.apart = 0  # answers trained in a sample that is not the one of the conversation's last answer
         self.once = 0  # tokens that one sample of each kept conversation has, the longest
-        self.seen = set()
+        self.seen: set[int] = set()  # digests of conversations
         self.duplicates = 0
         self.counts_tokens = True
 
-    def count(self, conversation, rows, samples):
-        """Count a conversation's samples and their Rows; the numbers of those that are kept.
+    def count(self, conversation: Conversation, excerpts: list[Excerpt], samples: list[Sample | None]) -> list[int]:
+        """Count the samples of a conversation; the numbers of those that are kept.
 
         A sample that is None is kept, but not tokenized yet (lazy).
         """
@@ -36,12 +38,12 @@ class DataReport:
             return kept
         self.samples_left_out.update(left_out)
         for number in kept:
-            self.modes.update("thinking" if mode else "plain" for _, _, mode in rows[number].answers)
-            self.apart += len(rows[number].answers) if number < len(rows) - 1 else 0
+            self.modes.update("thinking" if mode else "plain" for _, _, mode in excerpts[number].answers)
+            self.apart += len(excerpts[number].answers) if number < len(excerpts) - 1 else 0
         tokenized = [samples[number] for number in kept if samples[number] is not None]
         for sample in tokenized:
             self.truncated += sample.outcome == "truncated"
-            self.trained += len(sample.labels) - 1 - sample.labels[1:].count(-100)
+            self.trained += len(sample.labels) - 1 - sample.labels[1:].count(IGNORED)
         lengths = [len(sample.input_ids) for sample in tokenized]
         self.counts_tokens &= len(tokenized) == len(kept)
         self.tokens += sum(lengths)
@@ -53,7 +55,7 @@ class DataReport:
         self.seen.add(conversation.digest)
         return kept
 
-    def add(self, other):
+    def add(self, other: "DataReport") -> None:
         """Count what another report has counted, of other records of the same data set."""
         self.problems.extend(other.problems)
         self.notices.take_over(other.notices)
@@ -65,13 +67,13 @@ class DataReport:
         self.duplicates += other.duplicates + len(self.seen & other.seen)
         self.seen |= other.seen
 
-    def to_json(self):
+    def to_json(self) -> dict:
         fields = {name: value for name, value in vars(self).items() if name not in ("problems", "seen")}
         return {**fields, "rejected": self.problems.rejected, "fatal": self.problems.fatal,
                 "examples": self.notices.examples}
 
     @classmethod
-    def from_json(cls, fields):
+    def from_json(cls, fields: dict) -> "DataReport":
         report = cls()
         report.problems.rejected, report.problems.fatal = fields.pop("rejected"), fields.pop("fatal")
         fields["notices"] = Notices(fields["notices"], fields.pop("examples"))
@@ -80,7 +82,7 @@ class DataReport:
         vars(report).update(fields)
         return report
 
-    def lines(self, title):
+    def lines(self, title: str) -> list[str]:
         rejected = len(self.problems.rejected)
         rows = [("records", self.kept + sum(self.left_out.values()) + rejected), ("kept", self.kept)]
         if rejected:

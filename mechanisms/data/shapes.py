@@ -6,6 +6,7 @@ Shapes: `messages` (role/content, OpenAI's), `conversations` (from/value, ShareG
 
 import hashlib
 import json
+from collections import Counter
 from typing import NamedTuple
 
 from mechanisms.data.records import DEEPEST, deeper
@@ -33,12 +34,12 @@ class Conversation(NamedTuple):
     trained: for each assistant message in order, whether it may be trained; digest: a 64-bit number, equal for equal
     conversations."""
 
-    messages: list
-    tools: list | None
-    trained: tuple
+    messages: list[dict]
+    tools: list[dict] | None
+    trained: tuple[bool, ...]
     digest: int
 
-    def shown(self):
+    def shown(self) -> dict:
         """What rejected.jsonl shows of it."""
         return {"messages": self.messages, "tools": self.tools, "trained": self.trained}
 
@@ -47,7 +48,7 @@ class BadRecord(Exception):
     """A record that cannot be trained on. args[0]: list of (kind, detail)."""
 
 
-def to_conversation(record, notices):
+def to_conversation(record: object, notices: Counter[str]) -> Conversation:
     """One record of any of the three shapes -> Conversation. Raises BadRecord with all that is wrong with it."""
     if not isinstance(record, dict):
         raise BadRecord([("a record is a JSON object", f"this is {type(record).__name__}")])
@@ -100,7 +101,7 @@ def to_conversation(record, notices):
     return Conversation(messages, tools, tuple(trained), digest)
 
 
-def nearest_shape(record):
+def nearest_shape(record: dict) -> str:
     """A hint for a record of a shape like, but not quite, a known one."""
     hints = {"conversation": "conversations", "message": "messages", "dialog": "messages", "dialogue": "messages",
              "chat": "messages", "prompt": "instruction", "query": "instruction", "question": "instruction",
@@ -111,12 +112,12 @@ def nearest_shape(record):
     return found
 
 
-def shown(value):
+def shown(value: object) -> str:
     """The beginning of a JSON value, for a message."""
     return json.dumps(value, ensure_ascii=False)[:60]
 
 
-def with_system(system, turns, wrong):
+def with_system(system: object, turns: list, wrong: list[tuple[str, str]]) -> list:
     """The turns after the system message that stands beside them in the record."""
     first = turns[0] if isinstance(turns[0], dict) else {}
     if first.get("role", first.get("from")) != "system":
@@ -126,7 +127,7 @@ def with_system(system, turns, wrong):
     return turns
 
 
-def to_tools(record, wrong):
+def to_tools(record: dict, wrong: list[tuple[str, str]]) -> list[dict] | None:
     """The tools of a record: its `tools`, as a list or a string of JSON, or OpenAI's older `functions`; or None."""
     tools, key = record.get("tools") or None, "tools"
     if record.get("functions"):
@@ -143,7 +144,7 @@ def to_tools(record, wrong):
     return tools if key == "tools" else [{"type": "function", "function": function} for function in tools]
 
 
-def alpaca_turns(record, wrong):
+def alpaca_turns(record: dict, wrong: list[tuple[str, str]]) -> list[dict]:
     """instruction/input/output, with optional system and history [[question, answer], ...] -> messages."""
     question = record["instruction"]
     if record.get("input"):
@@ -162,7 +163,7 @@ def alpaca_turns(record, wrong):
             {"role": "assistant", "content": record.get("output"), **reasoning}]
 
 
-def to_message(turn, name, wrong, notices):
+def to_message(turn: object, name: str, wrong: list[tuple[str, str]], notices: Counter[str]) -> tuple[dict, bool]:
     """One turn in either spelling (role/content, from/value) -> (message, whether it may be trained)."""
     if not isinstance(turn, dict):
         wrong.append(("a message is a JSON object", f"{name} is {type(turn).__name__}"))
@@ -203,7 +204,7 @@ def to_message(turn, name, wrong, notices):
     return message, train_switch(turn, role, name, wrong)
 
 
-def to_tool_calls(calls, role, name, wrong):
+def to_tool_calls(calls: object, role: str, name: str, wrong: list[tuple[str, str]]) -> list[dict]:
     """Tool calls with their arguments as objects: templates print them as JSON, a string would be quoted twice."""
     if role != "assistant" or not isinstance(calls, list):
         wrong.append(("tool_calls are a list in an assistant message", name))
@@ -223,7 +224,8 @@ def to_tool_calls(calls, role, name, wrong):
     return result
 
 
-def parse_json(text, name, wrong):
+def parse_json(text: object, name: str, wrong: list[tuple[str, str]]) -> object:
+    """The value of a JSON text; None, and the fault added to `wrong`, if it is not one."""
     try:
         value = json.loads(text)
         if deeper(value):
@@ -235,7 +237,7 @@ def parse_json(text, name, wrong):
         wrong.append(("not valid JSON inside the record", f"{name}: {error}"))
 
 
-def train_switch(turn, role, name, wrong):
+def train_switch(turn: dict, role: str, name: str, wrong: list[tuple[str, str]]) -> bool:
     """What SWITCHES of a message say (true/false or 1/0), all meaning the same but for mask; absent: trained."""
     given = {key: turn[key] for key in SWITCHES if turn.get(key) is not None}
     trained = {bool(value) != (key == "mask") for key, value in given.items()}

@@ -5,7 +5,8 @@ Training, chat.py and the check of a template all render here, so what is traine
 
 import json
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import jinja2
 
@@ -13,6 +14,9 @@ from mechanisms.data.records import Notices
 from mechanisms.data.shapes import BadRecord, to_tool_calls
 from mechanisms.data.text_encoder import MARK, TextEncoder
 from mechanisms.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 OPEN, CLOSE = "<think>", "</think>"
@@ -37,13 +41,13 @@ class Style(NamedTuple):
     xml_calls: tool calls are written as <function=name>, not as JSON
     """
 
-    parts: frozenset
-    endings: dict
+    parts: frozenset[str]
+    endings: dict[bool, str]
     default: bool
-    flat: frozenset
+    flat: frozenset[bool]
     xml_calls: bool
 
-    def variables(self, mode):
+    def variables(self, mode: bool) -> dict:
         """The template variables that ask for a mode."""
         return {"enable_thinking": mode} if len(self.endings) > 1 else {}
 
@@ -57,18 +61,18 @@ class ChatTemplate:
     Raises UserError if the template is broken, or its answers are not found where its prompts end.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         self.tokenizer, self.ids_of = tokenizer, TextEncoder(tokenizer)
         vocabulary = tokenizer.get_added_vocab()
         if not {"<|im_start|>", END} <= vocabulary.keys():
             raise UserError(f"the tokenizer in {tokenizer.name_or_path} has no <|im_start|> and <|im_end|> tokens: "
                             "this is not a ChatML (Qwen) model")
         self.added = re.compile("|".join(map(re.escape, sorted(vocabulary, key=len, reverse=True))))
-        self.styles = {}  # of the one template, or of those for conversations with and without tools
+        self.styles: dict[str, Style] = {}  # of the one template, or of those for conversations with and without tools
         self.style(None)
         self.style([_TOOL])
 
-    def style(self, tools):
+    def style(self, tools: list[dict] | None) -> Style:
         """The Style of the template for a conversation with these tools."""
         try:
             template = self.tokenizer.get_chat_template(tools=tools)
@@ -82,7 +86,7 @@ class ChatTemplate:
     # Messages as people write them -> messages as the template takes them
     # -----------------------------------------------------------------------------------------------------------------
 
-    def prepare(self, messages, tools, notices: Notices):
+    def prepare(self, messages: list[dict], tools: list[dict] | None, notices: Notices) -> tuple[list, list | None]:
         """-> (messages, tools) to render: thinking and tool calls in fields of their own, added tokens marked.
 
         Raises BadRecord for what the template leaves out.
@@ -126,11 +130,12 @@ class ChatTemplate:
     # Rendering
     # -----------------------------------------------------------------------------------------------------------------
 
-    def prompt(self, messages, tools, mode):
+    def prompt(self, messages: list[dict], tools: list[dict] | None, mode: bool) -> str:
         """What inference gives the model for an answer to these prepared messages, as text for `ids_of`."""
         return self._render(messages, tools, self.style(tools).variables(mode), add_generation_prompt=True)
 
-    def answered(self, messages, tools, mode, notices):
+    def answered(self, messages: list[dict], tools: list[dict] | None, mode: bool,
+                 notices: Notices) -> tuple[str, int, int]:
         """(text, start, end): the rendering of prepared messages, and where in it the last one, an answer, stands.
 
         text[:start] is the prompt, text[start:end] what the model must then say, through its <|im_end|>. Raises
@@ -154,7 +159,7 @@ class ChatTemplate:
         self.check_words(answer, text[start:end], mode, notices)
         return text, start, end
 
-    def turns(self, text, mode, tools):
+    def turns(self, text: str, mode: bool, tools: list[dict] | None) -> list[tuple[int, int]]:
         """[(start, end)] of all answers in a rendering that is flat in this mode, as `answered` finds the last one."""
         header, spans = HEADER + self.style(tools).endings[mode], []
         start = text.find(header)
@@ -165,7 +170,7 @@ class ChatTemplate:
             start = text.find(header, end)
         return spans
 
-    def check_words(self, answer, said, mode, notices):
+    def check_words(self, answer: dict, said: str, mode: bool, notices: Notices) -> None:
         """Raise BadRecord if what is trained of an answer is not what it says; count what is trimmed."""
         words, reasoning = answer["content"], answer.get("reasoning_content") or ""
         kept = said[:-len(END)]
@@ -185,7 +190,7 @@ class ChatTemplate:
             reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise BadRecord([("the model's chat template refuses it", reason)]) from error
 
-    def joined(self, text, start):
+    def joined(self, text: str, start: int) -> bool:
         """Whether the tokenizer joins the end of the prompt text[:start] with the beginning of the answer behind it.
 
         (Line breaks are. An answer is trained apart from its prompt; in a longer prompt that holds both they are one.)
@@ -317,7 +322,7 @@ def _dialogs(style, mode):
             yield [{"role": "system", "content": "s"}, *messages]
 
 
-def used_parts(messages, tools):
+def used_parts(messages: list[dict], tools: list[dict] | None) -> set[str]:
     """The parts of `Style.parts` that prepared messages and tools use."""
     parts = {"tools"} if tools else set()
     for message in messages:
@@ -327,7 +332,7 @@ def used_parts(messages, tools):
     return parts
 
 
-def split_thinking(message):
+def split_thinking(message: dict) -> dict:
     """An answer that starts with one well-formed `<think>...</think>`: that as reasoning_content.
 
     Raises BadRecord if it has reasoning of its own beside it.
@@ -344,7 +349,7 @@ def split_thinking(message):
     return {**message, "content": words, "reasoning_content": reasoning if reasoning.strip() else ""}
 
 
-def split_calls(message, xml):
+def split_calls(message: dict, xml: bool) -> dict | None:
     """An answer that ends in `<tool_call>...</tool_call>` blocks: those as tool_calls; None if one is not a call."""
     words, opening, blocks = message["content"].partition(CALL_OPEN)
     blocks = opening + blocks
@@ -376,7 +381,7 @@ def _xml_call(text):
     return {"type": "function", "function": {"name": call[1], "arguments": dict(arguments)}}
 
 
-def strings(value):
+def strings(value: object) -> Iterator[str]:
     """Every string inside a JSON value, keys of dicts included."""
     for part in _parts(value):
         if isinstance(part, str):
@@ -385,7 +390,7 @@ def strings(value):
             yield from part
 
 
-def dict_keys(value):
+def dict_keys(value: object) -> Iterator[str]:
     """Every key of every dict inside a JSON value."""
     for part in _parts(value):
         if isinstance(part, dict):

@@ -3,12 +3,17 @@
 import functools
 import json
 import re
+from typing import TYPE_CHECKING
 
 import tiktoken
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Split
 
 from mechanisms.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # How the tokenizers of Qwen 1 to 3 cut a text into the words that BPE then works on.
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
@@ -39,11 +44,12 @@ class TextEncoder:
     Added tokens between marks (see MARK) are encoded as the text they are, apart from what stands around them.
     """
 
-    def __init__(self, tokenizer):
-        self.rust, self.tiktoken = tokenizer.backend_tokenizer, None
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
+        self.rust: Tokenizer = tokenizer.backend_tokenizer
+        self.tiktoken: tiktoken.Encoding | None = None
         self.spelled = functools.lru_cache(1000)(self._spelled)
 
-    def __call__(self, text):
+    def __call__(self, text: str) -> list[int]:
         if MARK not in text:
             return self._encode(text)
         text, *parts = MARKED.split(text)
@@ -77,11 +83,11 @@ class TextEncoder:
         self.rust.encode_special_tokens = False
         return self.rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def tiktoken_ids(self, text):
+    def tiktoken_ids(self, text: str) -> list[int]:
         """Raises ValueError where its regex engine gives up."""
         return self.tiktoken.encode(text, allowed_special="all", disallowed_special=())
 
-    def prepare_tiktoken(self):
+    def prepare_tiktoken(self) -> None:
         """Spend a second on making texts several times faster to encode, if the tokenizer's rules are Qwen's."""
         if self.tiktoken:  # the training data had it done, and the evaluation data is much too
             return
@@ -95,7 +101,7 @@ class TextEncoder:
             self.beginning = functools.lru_cache(100)(self.tiktoken_ids)  # mostly a system prompt, that of thousands
 
 
-def ordinary(rules):
+def ordinary(rules: dict) -> bool:
     """Whether these rules (tokenizer.json) are Qwen's but for the words that were learned and the tokens added."""
     added = [token["content"] for token in rules["added_tokens"]]
     if any(token[flag] for token in rules["added_tokens"] for flag in FLAGS) or "<|im_end|>" not in added:
@@ -105,7 +111,7 @@ def ordinary(rules):
     return BEFORE_BPE.items() <= rules.items() and PLAIN_BPE.items() <= rules["model"].items()
 
 
-def same_ranks(bpe, rules, added):
+def same_ranks(bpe: BPE, rules: dict, added: dict[str, int]) -> dict[bytes, int] | None:
     """{bytes: id} with which tiktoken makes of every word what Rust's `bpe` with these `rules` makes of it, or None.
 
     tiktoken joins the neighbours whose union has the lowest id, Rust those that come first in a list of pairs. The two

@@ -50,7 +50,7 @@ class TokenizedSamples(NamedTuple):
 
 
 class TokenCache:
-    """A sequence of samples {"input_ids": int32 (length,), "labels": int64 (length,)} in `folder`, and their report.
+    """A sequence of samples {"input_ids": int32 (length,), "labels": int32 (length,)} in `folder`, and their report.
 
     It is a dataset as mechanisms/data/datasets.py says.
     """

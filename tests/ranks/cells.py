@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import finetune  # noqa: E402
+from mechanisms import strategies  # noqa: E402
 from mechanisms.errors import UserError  # noqa: E402
 from mechanisms.flags import prepare_command_line  # noqa: E402
 
@@ -41,3 +42,4 @@ for name, cell in cells.items():
     if os.environ.get("RANK", "0") == "0":
         with open(sys.argv[2], "w", encoding="utf-8") as file:
             json.dump(results, file)
+strategies.leave_ranks()

@@ -28,6 +28,7 @@ STRATEGIES = {"one process": None, "DDP": None, "ZeRO-2": "ds_config_zero2.json"
 REFUSED = {("ZeRO-3", "Q-LoRA"), ("ZeRO-3 offload", "Q-LoRA")}  # the library cannot shard quantized weights
 STEPS = 10
 RESUMED = ("full, chat", "LoRA, base")
+OTHER_RUNS = {"learning_rate": "1e-5", "model_name_or_path": None, "lora_alpha": "64", "lora_r": "16"}  # not resumed
 
 
 def torchrun(arguments, ranks=2, timeout=600, **environment):
@@ -66,6 +67,10 @@ class Matrix(dict):
         for name in RESUMED:
             last = Path(cells[name]["out"]) / f"checkpoint-{STEPS}"
             cells[name + ", resumed"] = {**cells[name], "remove": [str(last)]}
+            for flag, value in OTHER_RUNS.items():
+                other = self.models["base" if "chat" in name else "chat"]
+                argv = [*cells[name]["argv"], f"--{flag}", value or str(other)]
+                cells[f"{name}, {flag}"] = {**cells[name], "argv": argv}
         (self.folder / "cells.json").write_text(json.dumps(cells))
         run = torchrun(["tests/ranks/cells.py", self.folder / "cells.json", self.folder / "results.json"],
                        ranks=1 if strategy == "one process" else 2, timeout=1200)
@@ -131,6 +136,16 @@ def test_resume_is_exact_under_every_strategy(matrix, strategy, cell):
         assert resumed == [pytest.approx(step, rel=1e-5) for step in whole]
     else:
         assert resumed == whole
+
+
+@pytest.mark.parametrize("cell, flag, line", [
+    (cell, flag, line) for cell in RESUMED for flag, line in (
+        ("learning_rate", "learning_rate: 0.005 in the checkpoint, 1e-05 now"), ("model_name_or_path", "base model: "),
+        ("lora_alpha", "lora_alpha: 16 in the checkpoint, 64 now"), ("lora_r", "lora_r: 8 in the checkpoint, 16 now"))
+    if "LoRA" in cell or "lora" not in flag])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_another_run_is_not_resumed(matrix, strategy, cell, flag, line):
+    assert line in matrix[strategy][f"{cell}, {flag}"]["error"]
 
 
 def matrix_table():

@@ -10,14 +10,13 @@ from transformers import AutoModelForCausalLM
 
 import finetune
 from bench.worker import padded
-from examples.make_tiny_model import EXAMPLES
 from finetune import IGNORED, PaddingFreeCollator
 from mechanisms import head_loss, memory
 from mechanisms.attention import WITHIN_SAMPLES
 from mechanisms.data.packing import best_fit_decreasing
 from mechanisms.errors import UserError
-from mechanisms.flags import prepare_command_line
 from mechanisms.head_loss import HeadLoss
+from tests.runs.test_batches import logged
 
 VOCABULARY = 500
 
@@ -165,70 +164,9 @@ def test_best_fit_decreasing():
     assert other != rows and len(other) == len(rows)
 
 
-@pytest.fixture
-def train(make_model, cache_dir, tmp_path):
-    """train(*flags) -> Trainer"""
-
-    def run(*flags):
-        return finetune.train(prepare_command_line(finetune.__file__, [str(word) for word in (
-            "--model_name_or_path", make_model(), "--data_path", EXAMPLES / "data", "--cache_dir", cache_dir,
-            "--output_dir", tmp_path / "out", "--per_device_train_batch_size", 2, "--logging_steps", 1,
-            "--save_strategy", "no", "--model_max_length", 256, "--learning_rate", "1e-3", *flags)]))
-
-    return run
-
-
-def logged(trainer, *names):
-    return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_packing_trains_every_sample_once_an_epoch_and_says_what_it_does(train, capsys):
-    trainer = train("--packing", "--num_train_epochs", 2, "--gradient_accumulation_steps", 2)
-    dataset, samples = trainer.train_dataset, trainer.train_dataset.dataset
-    batches = list(trainer.get_train_dataloader())
-    assert sum(len(batch["cu_seq_lens_q"]) - 1 for batch in batches) == len(samples)
-    assert max(batch["input_ids"].shape[1] for batch in batches) > 256  # two rows
-    steps = trainer.state.global_step
-    assert steps == 2 * -(-len(batches) // 2) < len(samples)
-    output = capsys.readouterr().out
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
-    assert f"{len(dataset):,} of 256 tokens, {tokens / len(dataset) / 256:.1%} filled with {len(samples)}" in output
-    assert f"  steps               {steps}\n" in output
-    assert logged(trainer, "learning_rate")[-1][0] == pytest.approx(1e-3 / steps)  # linear, to 0 after the last step
-
-
 def test_packing_needs_lengths(train):
     with pytest.raises(UserError, match="--packing and --lazy_preprocess exclude each other"):
         train("--packing", "--lazy_preprocess", "True")
-
-
-def test_a_packed_step_equals_the_same_samples_one_by_one(train, monkeypatch):
-    """All samples in one step: rows of several, or batches of one."""
-    once = ["--max_steps", 1]
-    packed = train("--packing", "--gradient_accumulation_steps", 100, *once)
-    alone = train("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 100, *once)
-    together = train("--per_device_train_batch_size", 100, *once)
-    expected = logged(alone, "loss", "grad_norm")
-    for other in (packed, together):
-        assert logged(other, "loss", "grad_norm")[0] == pytest.approx(expected[0], rel=1e-5)
-
-
-@pytest.mark.parametrize("batch", [1, 7])
-def test_eval_loss_is_the_mean_over_tokens(train, batch):
-    trainer = train("--eval_ratio", 0.3, "--max_steps", 1, "--per_device_eval_batch_size", batch)
-    total = tokens = 0
-    for sample in trainer.eval_dataset:
-        row = PaddingFreeCollator()([sample])
-        with torch.no_grad():
-            total += trainer.model(**row).loss.item() * row["shift_labels"].numel()
-        tokens += row["shift_labels"].numel()
-    assert trainer.state.log_history[-1]["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
-
-
-def test_an_output_layer_with_an_adapter_gets_its_logits(train, capsys):
-    trainer = train("--use_lora", "--lora_target_modules", "q_proj", "lm_head", "--max_steps", 2)
-    assert "full logits" in capsys.readouterr().out
-    assert logged(trainer, "grad_norm")[0][0] > 0
 
 
 # -- gradient checkpointing -------------------------------------------------------------------------------------------
@@ -239,8 +177,8 @@ def test_the_estimate_of_activations_is_what_autograd_saves(train, flags, precis
     """Against all that is saved in a real step, counted the same way."""
     estimates = []
 
-    def count_and_decide(model, training_args, tokens):
-        estimates.append((tokens, *memory.activation_bytes(model, training_args, tokens)))
+    def count_and_decide(setup, tokens):
+        estimates.append((tokens, *memory.activation_bytes(setup, tokens)))
         return False, "counted"
 
     monkeypatch.setattr(finetune, "checkpointing_needed", count_and_decide)
@@ -259,7 +197,8 @@ def test_the_estimate_of_activations_is_what_autograd_saves(train, flags, precis
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), \
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "--bf16"):
-        output = decoder.train().base_model(input_ids=row, use_cache=False)
+        output = decoder.train().base_model(input_ids=row, use_cache=False, max_length_q=tokens,
+                                            cu_seq_lens_q=torch.tensor([0, tokens]))
     real = sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
     assert output.last_hidden_state.requires_grad
     assert stored == pytest.approx(real, rel=0.1)
@@ -269,7 +208,7 @@ def test_gradient_checkpointing_auto(train, monkeypatch, capsys):
     trainer = train("--max_steps", 1, "--use_lora")
     assert "gradient checkpointing is off" in capsys.readouterr().out
     assert not trainer.model.get_base_model().model.layers[0].gradient_checkpointing
-    monkeypatch.setattr(memory, "available_bytes", lambda training_args: 1e6)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1e6)
     trainer = train("--max_steps", 1, "--use_lora")
     assert "gradient checkpointing is on" in capsys.readouterr().out
     assert trainer.model.get_base_model().model.layers[0].gradient_checkpointing

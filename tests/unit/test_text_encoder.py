@@ -12,7 +12,6 @@ from tokenizers.pre_tokenizers import Split
 
 from finetune import load_tokenizer
 from mechanisms.data.text_encoder import OTHER, WORDS, TextEncoder
-from tests.conftest import REAL_TOKENIZERS
 
 SURE = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000 and not OTHER.match(chr(point))]
 
@@ -66,17 +65,6 @@ def test_texts_of_all_kinds(tiny):
 def test_texts_that_are_hard_on_an_engine(tiny, text):
     rust, fast = encoders(tiny)
     assert fast(text) == rust(text)
-
-
-@pytest.mark.parametrize("name", REAL_TOKENIZERS)
-def test_real_texts(real_data, name):
-    rust, fast = encoders(load_tokenizer(str(real_data / "tokenizers" / name)))
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted((real_data / "datasets").rglob("*"))
-             if path.suffix in (".json", ".jsonl", ".txt", ".md")]
-    lines = [line.replace("\\n", "\n").replace('"', "") for text in texts for line in text.splitlines()]
-    assert len(lines) > 10_000 and sum(not OTHER.search(line) for line in lines) > 0.9 * len(lines)
-    for line in [*lines, "<|im_start|>" + "<|im_end|>\n".join(lines[:100])]:
-        assert fast(line) == rust(line), repr(line)
 
 
 def swapped(rules):
