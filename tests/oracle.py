@@ -4,6 +4,7 @@ This file knows the tokenizer and its `apply_chat_template` only, nothing of the
 """
 
 import functools
+import json
 import re
 import unicodedata
 
@@ -31,8 +32,9 @@ class Oracle:
         self.both = thinks != plain
         shown = self.text([*question, {"role": "assistant", "content": "a", "reasoning_content": "probe"}], True)
         self.has_thinking = "probe" in shown or self.both or thinks.rstrip().endswith("<think>")
-        self.has_tools = "probe" in self.text([*question, {"role": "assistant", "content": "", "tool_calls": [
+        call = self.text([*question, {"role": "assistant", "content": "", "tool_calls": [
             {"type": "function", "function": {"name": "probe", "arguments": {}}}]}], True)
+        self.json_calls = "probe" in call and "<function=" not in call
 
     def possible(self):
         """Whether the template has such a prompt at all."""
@@ -63,11 +65,32 @@ class Oracle:
         return thinking if thinking.strip() else "", words
 
     def as_sent(self, message):
-        """A message as a careful client sends it back: thinking apart, so that no template cuts words at a tag."""
-        if message["role"] != "assistant" or not self.has_thinking:
+        """A message as a careful client sends it back: thinking and calls apart, so that no template cuts words."""
+        if message["role"] != "assistant":
             return message
-        thinking, words = self.split(message)
-        return {**message, "content": words, "reasoning_content": thinking}
+        if self.has_thinking:
+            thinking, words = self.split(message)
+            message = {**message, "content": words, "reasoning_content": thinking}
+        calls = None if "tool_calls" in message or not self.json_calls else self.calls(message["content"])
+        if calls:
+            message = {**message, "content": message["content"].split("<tool_call>")[0].rstrip(), "tool_calls": calls}
+        return message
+
+    @staticmethod
+    def calls(content):
+        """The tool calls that a text ends in, or None."""
+        words, *blocks = content.split("<tool_call>")
+        calls = []
+        for block in blocks:
+            text, *after = block.split("</tool_call>")
+            try:
+                call = json.loads(text)
+            except ValueError:
+                return None
+            if len(after) != 1 or after[0].strip() or sorted(call) != ["arguments", "name"]:
+                return None
+            calls.append({"type": "function", "function": call})
+        return None if "</tool_call>" in words else calls
 
     def answer(self, message, opening):
         """What the model must say behind a prompt that ends in `opening`: [exact text, or the same trimmed]."""

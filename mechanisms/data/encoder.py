@@ -196,7 +196,7 @@ def _all_but_other_answers(excerpt, text):
         start = header + len(HEADER)
         end = text.index(END, start) + len(END)
         if end not in own:
-            pieces.append((place, start))
+            pieces.append((place, start - text[start].isspace()))  # a cut must not part a token of the prompt
             place = end
         header = text.find(HEADER, end)
     return [*pieces, (place, len(text))]
