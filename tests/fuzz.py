@@ -13,20 +13,22 @@ from tests.oracle import Oracle
 PIECES = ["<think>", "</think>", "<think>\nhm\n</think>\n\n", "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>",
           "<tool_call>", "</tool_call>", '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>',
           "<tool_response>\n", "\n</tool_response>", "<|fim_prefix|>", "<|file_sep|>", "\n", "\n\n", " ", "  code",
-          "\t", "word", "好，", "서울", "e\u0301", "😀", "{{ x }}", "{% raw %}", "\0", "\u2028", "'", '"', "\\", "0"]
+          "\t", "word", "Yes.", "No", "好，", "서울", "e\u0301", "😀",
+          "{{ x }}", "{% raw %}", "\0", "\u2028", "'", '"', "\\", "0"]
 TEXT = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join)
-WORDS = st.one_of(TEXT, st.text("ab \n.é好", min_size=1, max_size=12))
+WORDS = st.one_of(TEXT, TEXT, st.text("ab \n.é好", min_size=1, max_size=12)).map(
+    lambda text: text if text.strip() else text + "x")
 JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.floats(), WORDS, st.just("\ud800")),
                     lambda child: st.one_of(st.lists(child, max_size=3),
                                             st.dictionaries(st.one_of(WORDS, st.sampled_from(["x", "name"])), child,
                                                             max_size=3)), max_leaves=6)
-ARGUMENTS = st.one_of(st.dictionaries(st.sampled_from(["x", "city"]), JSON, max_size=2),
-                      st.sampled_from(['{"x": 1}', "{", "null", "[" * 5000]), st.none())
+ARGUMENTS = st.one_of(*[st.dictionaries(st.sampled_from(["x", "city"]), JSON, max_size=2)] * 3,
+                      st.sampled_from(['{"x": 1}', '{"x": 1}', None, "{", "[" * 5000]))
 CALL = st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries(
     {"name": st.sampled_from(["f", "g"]), "arguments": ARGUMENTS})})
 SWITCH = st.one_of(st.just({}), st.just({}), st.dictionaries(
     st.sampled_from(["train", "loss", "weight", "loss_weight", "loss_scale", "mask"]),
-    st.sampled_from([0, 1, True, False, 0.5]), max_size=1))
+    st.sampled_from([0, 1, True, False]), max_size=1))
 THOUGHT = st.one_of(st.just({}), st.just({}), st.dictionaries(
     st.sampled_from(["reasoning_content", "reasoning", "thinking"]), WORDS, max_size=1))
 
@@ -56,8 +58,7 @@ def records(draw):
         messages.insert(0, {"role": "system", "content": draw(WORDS)})
     record = {"messages": messages}
     if draw(st.sampled_from([0, 0, 0, 1])):
-        record["tools"] = draw(st.one_of(
-            st.just([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]), JSON))
+        record["tools"] = [{"type": "function", "function": {"name": "f", "parameters": draw(JSON)}}]
     if draw(st.sampled_from([0] * 9 + [1])):  # and some that cannot
         spoilt = draw(st.sampled_from(messages))
         spoilt[draw(st.sampled_from(["role", "content", "tool_calls", "images", "thinking"]))] = draw(JSON)
@@ -84,8 +85,8 @@ class Fuzzer:
         name, oracle, encoders = self.ways[way % len(self.ways)]
         try:
             conversation = to_conversation(record, Notices())
-        except BadRecord:
-            self.counts["not a conversation"] += 1
+        except BadRecord as bad:
+            self.counts[f"not a conversation: {bad.args[0][0][0]}"] += 1
             return
         encoded = {}
         for other, encoder in encoders.items():

@@ -241,9 +241,8 @@ class ChatTemplate:
         """The parts of a conversation beyond role and content that the template renders."""
         parts = set()
         for part, (messages, times) in _PROBES.items():
-            probe_tools = tools or ([_TOOL] if part == "tools" else None)
             try:
-                text = self._render(messages, probe_tools, {})
+                text = self._render(messages, [_tool("probename")] if part == "tools" else tools, {})
             except BadRecord:
                 continue  # a template that cannot render it does not render it
             if text.count("probename") == times:
@@ -290,7 +289,13 @@ OPEN_END = "last turn without <|im_end|>, which was added"
 NO_THINKING = "answer without thinking, trained to close its thinking block at once"
 
 _QUESTION = {"role": "user", "content": "q"}
-_TOOL = {"type": "function", "function": {"name": "probename", "parameters": {}}}
+
+
+def _tool(name):
+    return {"type": "function", "function": {"name": name, "parameters": {}}}
+
+
+_TOOL = _tool("f")
 _RESULT = {"role": "tool", "content": "probename"}
 
 
