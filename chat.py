@@ -23,6 +23,8 @@ class ChatArguments:
     system: str = field(default=None, metadata={"help": "System message (default: the chat template's own, if any)."})
     message: str = field(default=None, metadata={"help": "Answer this and end. Without it, and with a terminal: chat."})
     base_model: str = field(default=None, metadata={"help": "For an adapter: where its base model is now."})
+    thinking: Literal["on", "off"] = field(default=None, metadata={
+        "help": "Whether the model is to think before it answers (default: the chat template's)."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default=None, metadata={
         "help": "Precision of the weights (default: on a GPU auto, the model's own; on a CPU float32)."})
 
@@ -77,7 +79,9 @@ import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
-from mechanisms.data.template import rendered_parts, split_thinking
+from mechanisms.data.records import Notices
+from mechanisms.data.shapes import BadRecord
+from mechanisms.data.template import CLOSE, OPEN, ChatTemplate
 from mechanisms.loading import load_to_answer
 
 MAX_NEW_TOKENS = 2048  # where neither a flag nor the generation config sets a limit
@@ -90,21 +94,55 @@ HELP = '''\
 
 
 class AnswerStreamer(TextStreamer):
-    """Prints an answer while it is made; `text` is what was printed."""
+    """Prints an answer while it is made: its words on stdout, what the model thinks before them on stderr.
 
-    text = ""
+    thinks: whether the prompt has opened a thinking block. `thinking` and `words` are what was printed.
+    """
+
+    def __init__(self, tokenizer, thinks):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.said, self.thinks, self.thinking, self.words = "", thinks, "", ""
 
     def on_finalized_text(self, text, stream_end=False):
-        self.text += text
-        super().on_finalized_text(text, stream_end)
+        self.said += text
+        thinking, words = self.split(stream_end)
+        said, self.thinking, self.words = (self.thinking, self.words), thinking, words
+        self.show_thinking(thinking[len(said[0]):] + ("\n" if thinking and words and not said[1] else ""))
+        print(words[len(said[1]):], end="\n" if stream_end else "", flush=True)
+
+    def split(self, ended):
+        """(thinking, words) of what was said so far, without what may still become a tag."""
+        said = self.said if self.thinks else self.said.lstrip()
+        if not self.thinks and not ended and OPEN.startswith(said):
+            return "", ""
+        if not self.thinks and not said.startswith(OPEN):
+            return "", self.said
+        thinking, closed, words = said.removeprefix("" if self.thinks else OPEN).partition(CLOSE)
+        if not closed and not ended:
+            thinking = thinking[:len(thinking) - max(n for n in range(len(CLOSE)) if thinking.endswith(CLOSE[:n]))]
+        return thinking.strip("\n"), words.lstrip("\n")
+
+    def show_thinking(self, text):
+        if text:
+            dim, plain = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
+            print(f"{dim}{text}{plain}", end="", file=sys.stderr, flush=True)
 
 
 class ChatSession:
-    """What was said so far; `ask` prints the next answer and remembers it."""
+    """What was said so far; `ask` prints the next answer and remembers it.
 
-    def __init__(self, model, tokenizer, sampling, system=None):
-        self.model, self.tokenizer = model, tokenizer
-        self.thinking = "reasoning_content" in rendered_parts(tokenizer)
+    thinking: whether the model is to think, or None for the chat template's default.
+    """
+
+    def __init__(self, model, tokenizer, sampling, system=None, thinking=None):
+        self.model, self.tokenizer, self.template = model, tokenizer, ChatTemplate(tokenizer)
+        style = self.template.style(None)
+        self.mode = style.default if thinking is None else thinking
+        if self.mode not in style.endings:
+            raise UserError(f"--thinking {'on' if thinking else 'off'}: the model's chat template has only "
+                            f"{'no thinking' if thinking else 'a thinking'} prompt")
+        self.opened = style.endings[self.mode].strip() == OPEN
+        self.keeps_thinking = "reasoning_content" in style.parts
         settings = model.generation_config
         settings.update(use_cache=True, **sampling)  # training switches the cache off in the config that is saved
         if not settings.do_sample:
@@ -119,11 +157,13 @@ class ChatSession:
 
     def prompt(self, text):
         """The conversation with this message as the model gets it. Control tokens typed by the user are plain text."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        if self.thinking:
-            messages = [split_thinking(message) for message in messages]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True,
-                                                  return_tensors="pt", return_dict=True).to(self.model.device)
+        try:
+            messages, _ = self.template.prepare([*self.messages, {"role": "user", "content": text}], None, Notices())
+            ids = self.template.ids_of(self.template.prompt(messages, None, self.mode))
+        except BadRecord as bad:
+            raise UserError("; ".join(": ".join(reason) for reason in bad.args[0])) from bad
+        ids = torch.tensor([ids], device=self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def ask(self, text):
         """Print the answer to `text`. Ctrl-C is passed on, after what was said until then is remembered.
@@ -135,7 +175,7 @@ class ChatSession:
         if length >= limit:
             raise UserError(f"the conversation has {length} tokens and the model holds {limit}: it must be shorter")
         longest = min(self.longest, limit - length)
-        answer = AnswerStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        answer = AnswerStreamer(self.tokenizer, self.opened)
         try:
             ids = self.model.generate(**prompt, max_new_tokens=longest, streamer=answer)[0, length:]
             if len(ids) == longest and ids[-1] not in self.model.generation_config.eos_token_id:
@@ -146,8 +186,10 @@ class ChatSession:
         except torch.OutOfMemoryError as error:
             raise UserError(f"out of memory after {length} tokens: the conversation must be shorter") from error
         finally:
-            if answer.text:
-                self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.text}]
+            if answer.said:
+                thinking = {"reasoning_content": answer.thinking} if answer.thinking and self.keeps_thinking else {}
+                self.messages += [{"role": "user", "content": text},
+                                  {"role": "assistant", "content": answer.words, **thinking}]
 
 
 def read_message():
@@ -206,7 +248,7 @@ def main(argv):
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
             model, tokenizer = load_to_answer(path, args.base_model, args.dtype or ("auto" if gpu else "float32"),
                                     "auto" if gpu else None)
-        session = ChatSession(model, tokenizer, sampling, args.system)
+        session = ChatSession(model, tokenizer, sampling, args.system, args.thinking and args.thinking == "on")
         if interactive:
             print(f"{path} is listening. /help lists the commands, Ctrl-D ends.")
             converse(session)

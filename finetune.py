@@ -46,7 +46,7 @@ from mechanisms.loading import check_trainable, fit_arguments, load_config, load
 from mechanisms.memory import checkpointing_needed
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
-from mechanisms.tokenizer import is_base_model, load_tokenizer
+from mechanisms.tokenizer import is_base_model, load_tokenizer, set_default_mode
 from mechanisms.trainer import SafeTrainer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,6 +75,14 @@ class DataArguments:
         default="assistant", metadata={"help": "What is trained: every assistant turn, the last one, or every token."})
     overlong: Literal["truncate", "drop", "error"] = field(
         default="truncate", metadata={"help": "What to do with samples longer than --model_max_length."})
+    thinking: Literal["auto", "on", "off"] = field(default="auto", metadata={
+        "help": "Where the chat template has a thinking and a plain prompt: which one answers are trained after. auto: "
+                "those with thinking after the one, those without after the other."})
+    earlier_answers: Literal["own", "skip"] = field(default="own", metadata={
+        "help": "Earlier answers that later prompts show otherwise than they were said (without their thinking): train "
+                "each in a sample of its own, or skip them."})
+    system: str = field(
+        default=None, metadata={"help": "System message of the conversations that have none."})
     packing: bool = field(
         default=False, metadata={"help": "Fill rows of --model_max_length with samples; a batch counts rows then."})
     skip_bad_rows: int = field(
@@ -214,7 +222,7 @@ def parse_arguments(argv):
 #   records.read_records     file -> (place, record)
 #   shapes.to_conversation   record of any shape -> Conversation (messages, tools, which answers are trained)
 #   encoder.ConversationEncoder
-#                            Conversation -> Sample (input_ids and labels), by the model's own chat template
+#                            Conversation -> Samples (input_ids and labels), by the model's own chat template
 #   token_cache.TokenCache   samples on disk, tokenized once
 #   PaddingFreeCollator      samples -> one batch (below)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +245,8 @@ def prepare_datasets(data_args, training_args, tokenizer):
 
     Raises UserError with every problem of all files if there are more than --skip_bad_rows.
     """
-    encoder = ConversationEncoder(tokenizer, training_args.model_max_length, data_args.loss_on, data_args.overlong)
+    encoder = ConversationEncoder(tokenizer, training_args.model_max_length, data_args.loss_on, data_args.overlong,
+                                  data_args.thinking, data_args.earlier_answers, data_args.system)
     problems, datasets, reports = Problems(), {}, {}
     for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
         files = find_files(paths or [], problems)
@@ -406,7 +415,8 @@ def train(argv):
     say(*[f"note: {notice}" for notice in notices])
     strategies.join_ranks(training_args)
     config, tokenizer = read_model_folder(model_args, training_args, lora_args)
-    train_dataset, eval_dataset, _ = prepare_datasets(data_args, training_args, tokenizer)
+    train_dataset, eval_dataset, reports = prepare_datasets(data_args, training_args, tokenizer)
+    prompt_note = set_default_mode(tokenizer, reports["train"].modes)
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
     run = facts.run_facts(arguments, train_dataset, config, tokenizer)
@@ -432,12 +442,12 @@ def train(argv):
     trainer = SafeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run,
-        card=summary.model_card(arguments, facts.settings(arguments)))
+        card=summary.model_card(arguments, facts.settings(arguments), prompt_note))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = trainer.evaluate() if eval_dataset else {}
     trainer.save_result()
     trainer.save_state()
-    say(*summary.after_training(trainer, result, evaluated))
+    say(*summary.after_training(trainer, result, evaluated, prompt_note))
     return trainer
 
 

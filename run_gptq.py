@@ -63,7 +63,6 @@ if __name__ == "__main__":  # wrong flags and folders are worth knowing before t
         COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
         parse_arguments(COMMAND_LINE)
 
-import collections
 import datetime
 import gc
 import json
@@ -83,7 +82,7 @@ from transformers.utils import logging
 from mechanisms.console import counted, say, table
 from mechanisms.data.datasets import read_files, to_conversations
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
-from mechanisms.data.records import Problems, find_files
+from mechanisms.data.records import Notices, Problems, find_files
 from mechanisms.data.shapes import BadRecord
 from mechanisms.errors import first_line
 from mechanisms.gptq import GROUP_SIZES, quantize
@@ -149,7 +148,7 @@ def prepare_samples(args, tokenizer, problems):
 
     Raises UserError as finetune.py does, with every problem of the data.
     """
-    encoder, notices = ConversationEncoder(tokenizer, args.max_len), collections.Counter()
+    encoder, notices = ConversationEncoder(tokenizer, args.max_len), Notices()
     records = read_files(find_files(args.data_path, problems), problems)
     conversations = to_conversations(records, problems, notices)
     distinct = {}
@@ -162,12 +161,11 @@ def prepare_samples(args, tokenizer, problems):
     samples = []
     for place, conversation in drawn:
         try:
-            sample = encoder(conversation)
+            encoded = [sample for sample in encoder(conversation) if sample.input_ids]  # something to learn
         except BadRecord as bad:
             problems.add(place, bad.args[0], conversation.shown())
             continue
-        if sample.input_ids:  # something to learn
-            samples.append(sample)
+        samples += encoded[-1:]  # where answers have samples of their own: that of the last, the longest
         if len(samples) == held_back + args.max_samples:
             break
     problems.stop_or_skip(args.skip_bad_rows)

@@ -67,10 +67,11 @@ def parameter_count(parameter):
     return parameter.numel()
 
 
-def after_training(trainer, result, evaluated):
+def after_training(trainer, result, evaluated, prompt_note):
     """The numbers of the finished run and the commands that go on from it, as lines.
 
-    result: what `Trainer.train` returned; evaluated: the metrics of the last evaluation, or {}.
+    result: what `Trainer.train` returned; evaluated: the metrics of the last evaluation, or {}; prompt_note: which
+    prompt the answers were trained after, or "".
     """
     state, out = trainer.state, trainer.args.output_dir
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -80,17 +81,19 @@ def after_training(trainer, result, evaluated):
         rows.append(("eval loss", f"{evaluated['eval_loss']:.4f}"))
     rows += [("tokens", tokens), ("tokens/s", f"{tokens / result.metrics['train_runtime']:,.0f}"),
              ("time", f"{result.metrics['train_runtime']:.1f} s"), ("result", out)]
-    lines = ["", "Done:", table(rows), f"  chat:  python chat.py {shlex.quote(out)}"]
+    lines = ["", "Done:", table(rows), *([f"  note: {prompt_note}"] if prompt_note else []),
+             f"  chat:  python chat.py {shlex.quote(out)}"]
     if trainer.args.use_lora:
         lines.append(f"  merge: python merge_lora.py --adapter_path {shlex.quote(out)} "
                      f"--output_dir {shlex.quote(out + '-merged')}")
     return lines
 
 
-def model_card(arguments, settings):
+def model_card(arguments, settings, prompt_note):
     """README.md of the result, with the metadata that the Hugging Face Hub reads.
 
-    arguments: the (model, data, training, lora) arguments; settings: {flag: value}, see `facts.settings`.
+    arguments: the (model, data, training, lora) arguments; settings: {flag: value}, see `facts.settings`; prompt_note:
+    which prompt the answers were trained after, or "".
     """
     model_args, data_args, training_args, lora_args = arguments
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
@@ -100,5 +103,6 @@ def model_card(arguments, settings):
             f"library_name: {'peft' if training_args.use_lora else 'transformers'}\n"
             "pipeline_tag: text-generation\n---\n\n"
             f"{method_name(training_args, lora_args)} fine-tuning of `{base}` on {data}; "
-            f"loss on {data_args.loss_on}. Prompts are ChatML, by this folder's chat template.\n\n"
+            f"loss on {data_args.loss_on}. Prompts are ChatML, by this folder's chat template."
+            f"{f' {prompt_note[0].upper()}{prompt_note[1:]}.' if prompt_note else ''}\n\n"
             f"| setting | value |\n|---|---|\n{rows}\n")

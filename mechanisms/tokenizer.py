@@ -5,8 +5,11 @@ import os
 from transformers import AutoTokenizer, GenerationConfig
 
 from mechanisms.console import say
+from mechanisms.data.template import ChatTemplate
 from mechanisms.errors import UserError, first_line
 
+# In front of a chat template: the mode of prompts that ask for none. (`enable_thinking` is the variable of Qwen's.)
+DEFAULT_MODE = "{{%- set enable_thinking = enable_thinking | default({}) -%}}\n"
 QWEN_CHATML = (
     "{% for message in messages %}"
     "{% if loop.first and message.role != 'system' %}"
@@ -35,6 +38,36 @@ def load_tokenizer(path, cache_dir=None):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_added_vocab() else tokenizer.eos_token
     return tokenizer
+
+
+def set_default_mode(tokenizer, modes):
+    """Let the chat template build the prompt that was trained; which one that is, as a note, or "" if it has but one.
+
+    modes: {"thinking": answers trained after the thinking prompt, "plain": those after the other one}. If all answers
+    were trained after one of two prompts and the template's default is the other, its default is changed.
+    """
+    styles, names = ChatTemplate(tokenizer).styles, {True: "thinking", False: "plain"}
+    if all(len(style.endings) == 1 for style in styles.values()):
+        return ""
+    trained = [mode for mode, name in names.items() if modes[name]]
+    if len(trained) > 1:
+        default = names[next(iter(styles.values())).default]
+        return (f"{modes['thinking']:,} answers were trained after the thinking prompt (enable_thinking=True) and "
+                f"{modes['plain']:,} after the plain one (False); the chat template's default is the {default} one")
+    [mode] = trained
+
+    def changed(template):
+        if len(styles[template].endings) == 1 or styles[template].default == mode:
+            return template
+        for value in ("true", "false"):
+            template = template.removeprefix(DEFAULT_MODE.format(value))
+        return DEFAULT_MODE.format(str(mode).lower()) + template
+
+    templates = tokenizer.chat_template
+    tokenizer.chat_template = changed(templates) if isinstance(templates, str) else {
+        name: changed(template) if template in styles else template for name, template in templates.items()}
+    return (f"all answers were trained after the {names[mode]} prompt, which is the default of the saved chat template "
+            f"(enable_thinking={mode})")
 
 
 def is_base_model(path, tokenizer):

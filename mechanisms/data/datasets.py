@@ -76,14 +76,15 @@ def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport)
         found, ids, labels, lengths, digests = DataReport(), [], [], [], []
         for place, conversation in to_conversations(records, found.problems, found.notices):
             try:
-                sample = encoder(conversation, found.notices)
+                excerpts = encoder.excerpts(conversation, found.notices)
+                samples = [encoder.encode(excerpt, text) for excerpt, text in excerpts]
             except BadRecord as bad:
                 found.problems.add(place, bad.args[0], conversation.shown())
                 continue
-            if found.count(sample, conversation.digest):
-                ids += sample.input_ids
-                labels += sample.labels
-                lengths.append(len(sample.input_ids))
+            for number in found.count(conversation, [excerpt for excerpt, _ in excerpts], samples):
+                ids += samples[number].input_ids
+                labels += samples[number].labels
+                lengths.append(len(samples[number].input_ids))
                 digests.append(conversation.digest)
         return TokenizedSamples(np.array(ids, np.int32), np.array(labels, np.int32) != IGNORED,
                                 np.array(lengths, np.int64), np.array(digests, np.uint64)), found
@@ -98,44 +99,47 @@ def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport)
     report.problems.rejected.sort(key=lambda row: (files.index(row["file"]), row["line"]))  # reading is ahead
 
 
-def load_lazily(files: list[str], encoder: ConversationEncoder, report: DataReport) -> "LazyConversations":
+def load_lazily(files: list[str], encoder: ConversationEncoder, report: DataReport) -> "LazySamples":
     """The same samples as `tokenize`, in the same order, not tokenized yet.
 
     Which samples are left out must be known before the start. A byte-level tokenizer never makes more tokens than there
     are bytes, so only samples with more bytes than the maximum length have to be tokenized to know.
     """
-    conversations, digests = [], []
+    items, digests = [], []
     for place, conversation in to_conversations(
             read_files(files, report.problems), report.problems, report.notices):
         try:
-            rendered, sample = encoder.render(conversation, report.notices), None
-            if (not isinstance(rendered, str) or not all(conversation.trained)
-                    or len(unicodedata.normalize("NFC", rendered).encode()) > encoder.max_length
-                    or rendered.count("<|im_start|>assistant\n") != len(conversation.trained)):
-                sample = encoder.encode(conversation, rendered, report.notices)
+            excerpts = encoder.excerpts(conversation, report.notices)
+            samples = [encoder.encode(excerpt, text) if _bytes(text) > encoder.max_length else None
+                       for excerpt, text in excerpts]
         except BadRecord as bad:
             report.problems.add(place, bad.args[0], conversation.shown())
             continue
-        if report.count(sample, conversation.digest):
-            conversations.append(conversation)
+        for number in report.count(conversation, [excerpt for excerpt, _ in excerpts], samples):
+            items.append((conversation, excerpts[number][0]))
             digests.append(conversation.digest)
     report.counts_tokens = False
-    return LazyConversations(conversations, digests, encoder)
+    return LazySamples(items, digests, encoder)
 
 
-class LazyConversations:
-    """The samples of `TokenCache`, each tokenized when it is asked for."""
+def _bytes(text):
+    return len(unicodedata.normalize("NFC", text).encode())
+
+
+class LazySamples:
+    """The samples of `TokenCache`, each tokenized when it is asked for. items: (Conversation, its Excerpt)."""
 
     lengths = fill = None
 
-    def __init__(self, conversations, digests, encoder):
-        self.conversations, self.digests, self.encoder = conversations, np.array(digests, np.uint64), encoder
+    def __init__(self, items, digests, encoder):
+        self.items, self.digests, self.encoder = items, np.array(digests, np.uint64), encoder
 
     def __len__(self):
-        return len(self.conversations)
+        return len(self.items)
 
     def __getitem__(self, index):
-        sample = self.encoder(self.conversations[index])
+        conversation, excerpt = self.items[index]
+        sample = self.encoder.encode(excerpt, self.encoder.text(conversation, excerpt))
         return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels, np.int32)}
 
 

@@ -1,16 +1,16 @@
-"""A conversation -> the ids of its tokens and the label of each: what is trained and what is not."""
+"""A conversation -> samples: the ids of tokens and the label of each, what is trained and what is not."""
 
-import collections
 import dataclasses
-import re
-from typing import NamedTuple
+import itertools
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import jinja2
-
+from mechanisms.data.records import Notices
 from mechanisms.data.shapes import BadRecord, Conversation
-from mechanisms.data.template import dict_keys, rendered_parts, split_thinking, strings, used_parts
-from mechanisms.data.text_encoder import TextEncoder
+from mechanisms.data.template import END, HEADER, ChatTemplate
 from mechanisms.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100  # the label of a token that is not trained (torch.nn.functional.cross_entropy's ignore_index)
 
@@ -21,82 +21,101 @@ class Sample(NamedTuple):
     outcome: "kept", "truncated", or why it is left out ("nothing to learn", "too long").
     """
 
-    input_ids: list
-    labels: list
+    input_ids: list[int]
+    labels: list[int]
     outcome: str
+
+
+class Excerpt(NamedTuple):
+    """One sample of a conversation, before it is tokenized.
+
+    last: number of the message that it ends with, an answer
+    answers: (start, end, mode) of each answer trained in it: text[:start] is the prompt for it, text[start:end] what
+        the model must say. The last one's mode is that of the whole rendering.
+    trained: (start, end) of each trained piece of the text: the answers, or more with --loss_on all
+    """
+
+    last: int
+    answers: list[tuple[int, int, bool]]
+    trained: list[tuple[int, int]]
 
 
 @dataclasses.dataclass(eq=False)
 class ConversationEncoder:
-    """Conversation -> Sample, by one rendering with the tokenizer's own chat template.
+    """Conversation -> list of Samples, by the tokenizer's own chat template.
 
-    Control tokens in the content are encoded as plain text. The trained spans are found by walking the ids of that one
-    rendering: from after `<|im_start|>assistant\\n` through its `<|im_end|>`, what the model itself will have to say
-    after the prompt that inference builds.
+    Every trained answer stands in the context that inference builds: the ids before it are those of the generation
+    prompt for the messages before it, in the mode (thinking or not) that it belongs to, and it is tokenized apart from
+    them. Answers whose prompts, with the answer, are beginnings of one another share a sample: with most templates that
+    is the whole conversation. Control tokens in the content are encoded as plain text.
+
+    thinking: "auto" (an answer with thinking is trained after the thinking prompt, one without after the other one),
+        "on" or "off" (all after the one prompt)
+    earlier_answers: those that the prompt of the last one does not show as they were said are trained in samples of
+        their "own", or left out ("skip")
+    system: the system message of conversations that have none
 
     Its fields are all that a sample depends on beside the conversation: the token cache's key is made of them.
 
-    Raises UserError if the tokenizer has no ChatML tokens or its template renders conversations in a way that cannot be
-    walked so.
+    Raises UserError if the tokenizer has no ChatML tokens, or its template is broken, renders answers in a way that
+    cannot be told from their prompts, or has no such mode.
     """
 
-    tokenizer: object
+    tokenizer: "PreTrainedTokenizerFast"
     max_length: int
-    loss_on: str = "assistant"
-    overlong: str = "truncate"
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    thinking: Literal["auto", "on", "off"] = "auto"
+    earlier_answers: Literal["own", "skip"] = "own"
+    system: str | None = None
 
     def __post_init__(self):
-        tokenizer = self.tokenizer
-        self.ids_of = TextEncoder(tokenizer)
-        vocabulary = tokenizer.get_added_vocab()
-        if not {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys():
-            raise UserError(f"the tokenizer in {tokenizer.name_or_path} has no <|im_start|> and <|im_end|> tokens: "
-                            "this is not a ChatML (Qwen) model")
-        self.start, self.end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
-        *self.header, self.newline = tokenizer.encode("assistant\n", add_special_tokens=False)
-        self.control_tokens = re.compile("|".join(map(re.escape, sorted(vocabulary, key=len, reverse=True))))
-        self.rendered = rendered_parts(tokenizer)
-        self._check_template()
+        self.template = ChatTemplate(self.tokenizer)
+        self.ids_of = self.template.ids_of
+        for style in self.template.styles.values():
+            if self.thinking != "auto" and (self.thinking == "on") not in style.endings:
+                raise UserError(f"--thinking {self.thinking}: the chat template of {self.tokenizer.name_or_path} has "
+                                f"only {'a thinking' if self.thinking == 'off' else 'no thinking'} prompt")
 
-    def __call__(self, conversation: Conversation, notices: collections.Counter | None = None) -> Sample:
+    def __call__(self, conversation: Conversation, notices: Notices | None = None) -> list[Sample]:
         """Encode one conversation; `notices` counts what was changed in it. Raises BadRecord."""
-        notices = collections.Counter() if notices is None else notices
-        return self.encode(conversation, self.render(conversation, notices), notices)
+        excerpts = self.excerpts(conversation, Notices() if notices is None else notices)
+        return [self.encode(excerpt, text) for excerpt, text in excerpts]
 
-    def render(self, conversation: Conversation, notices: collections.Counter) -> str | list[int]:
-        """The conversation as text, or as ids where its content holds control tokens that must become plain text."""
-        messages, tools = conversation.messages, conversation.tools
-        left_out = used_parts(conversation) - self.rendered
-        if left_out:
-            raise BadRecord([("the model's chat template leaves this out", part) for part in sorted(left_out)])
-        if "reasoning_content" in self.rendered:
-            messages = [split_thinking(message) for message in messages]
-        written = set(self.control_tokens.findall("\0".join(strings([messages, tools]))))
-        if written and any(self.control_tokens.search(key) for key in dict_keys([messages, tools])):
-            raise BadRecord([("control token in the name of an argument", ", ".join(sorted(written)))])
-        for token in written:
-            notices[f"{token} written in the data"] += 1
-        try:
-            if not written:
-                return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-            return self.tokenizer.apply_chat_template(messages, tools=tools, sanitize_control_tokens=True,
-                                                      return_dict=False)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise BadRecord([("the model's chat template refuses it", str(error))]) from error
+    def excerpts(self, conversation: Conversation, notices: Notices) -> list[tuple[Excerpt, str]]:
+        """The samples of a conversation as (Excerpt, its text); none if nothing of it is trained. Raises BadRecord."""
+        messages, tools = self._prepared(conversation, notices)
+        said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [number for number, trained in zip(said, conversation.trained) if trained]
+        if self.loss_on == "last":
+            wanted = wanted[-1:] if conversation.trained[-1] else []
+        if not wanted:
+            return []
+        modes = self._modes(messages, tools, wanted)
+        excerpts = self._share(self._located(messages, tools, said, wanted, modes, notices))
+        if self.earlier_answers == "skip" and len(excerpts) > 1:
+            left_out = sum(len(excerpt.answers) for excerpt, _ in excerpts[:-1])
+            notices["earlier answer left out (--earlier_answers skip)"] += left_out
+            excerpts = excerpts[-1:]
+        if self.loss_on == "all":
+            excerpt, text = excerpts[-1]
+            excerpts[-1] = excerpt._replace(trained=_all_but_other_answers(excerpt, text)), text
+        return excerpts
 
-    def encode(self, conversation: Conversation, rendered: str | list[int], notices: collections.Counter) -> Sample:
-        """A conversation and its `render`ing -> Sample. Raises BadRecord."""
-        ids = self.ids_of(rendered) if isinstance(rendered, str) else rendered
-        labels = list(ids) if self.loss_on == "all" else [IGNORED] * len(ids)
-        spans = self._assistant_spans(ids, labels, notices)
-        if len(spans) != len(conversation.trained):
-            raise BadRecord([("the rendering cannot be walked", f"{len(conversation.trained)} assistant messages, but "
-                              f"{len(spans)} found in what the chat template makes of them")])
-        for number, ((start, end), trained) in enumerate(zip(spans, conversation.trained), 1):
-            if self.loss_on != "all" and trained and (self.loss_on == "assistant" or number == len(spans)):
-                labels[start:end] = ids[start:end]
-            elif not trained:
-                labels[start:end] = [IGNORED] * (end - start)
+    def text(self, conversation: Conversation, excerpt: Excerpt) -> str:
+        """The text of an excerpt that `excerpts` has returned with it, rendered again."""
+        messages, tools = self._prepared(conversation, Notices())
+        return self.template.answered(messages[:excerpt.last + 1], tools, excerpt.answers[-1][2], Notices())[0]
+
+    def encode(self, excerpt: Excerpt, text: str) -> Sample:
+        """An excerpt of a conversation -> Sample. Raises BadRecord."""
+        ids, labels, trained, until = [], [], dict(excerpt.trained), 0
+        cuts = {0, len(text), *(start for start, _, _ in excerpt.answers), *itertools.chain(*excerpt.trained)}
+        for start, end in itertools.pairwise(sorted(cuts)):
+            until = trained.get(start, until)
+            piece = self.ids_of(text[start:end])
+            ids += piece
+            labels += piece if start < until else [IGNORED] * len(piece)
         outcome = "kept"
         if len(ids) > self.max_length:
             if self.overlong == "error":
@@ -108,47 +127,76 @@ class ConversationEncoder:
             return Sample([], [], "nothing to learn")
         return Sample(ids, labels, outcome)
 
-    def _assistant_spans(self, ids, labels, notices):
-        """[(start, end)] of every assistant turn's words and end token; corrects ids and labels on two points."""
-        spans, position = [], -1
-        while True:
-            try:
-                position = ids.index(self.start, position + 1)
-            except ValueError:
-                return spans
-            start = position + 1 + len(self.header)
-            if ids[position + 1:start] != self.header or start >= len(ids):
-                continue
-            if ids[start] != self.newline:
-                # Words that begin with a line break: the tokenizer fused it with the header's. Inference will give
-                # the model the header with its own "\n" token, so that is what is trained.
-                fused = self.tokenizer.decode([ids[start]])
-                if not fused.startswith("\n"):
-                    continue
-                parts = [self.newline, *self.tokenizer.encode(fused[1:], add_special_tokens=False)]
-                ids[start:start + 1] = parts
-                labels[start:start + 1] = parts if self.loss_on == "all" else [IGNORED] * len(parts)
-            start += 1
-            if self.end not in ids[start:]:
-                # The template leaves the last turn open (Qwen1.5's does): without its end token the model would never
-                # learn to stop.
-                notices["last turn without <|im_end|>, which was added"] += 1
-                ids.append(self.end)
-                labels.append(self.end if self.loss_on == "all" else IGNORED)
-            end = ids.index(self.end, start) + 1
-            spans.append((start, end))
-            position = end - 1
+    def _prepared(self, conversation, notices):
+        messages = conversation.messages
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return self.template.prepare(messages, conversation.tools, notices)
 
-    def _check_template(self):
-        """Refuse a template whose assistant turns do not come out word for word."""
-        words, turns = ["Yes, 1.", "好的，2。"], []
-        for word in words:
-            turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": word}]
-        ids = self.tokenizer.apply_chat_template(turns, return_dict=False)
-        spans = self._assistant_spans(ids, list(ids), collections.Counter())
-        found = [self.tokenizer.decode(ids[start:end]) for start, end in spans]
-        if len(found) != 2 or not all(text.endswith(word + "<|im_end|>")
-                                      for text, word in zip(found, words, strict=True)):
-            raise UserError(f"the chat template of {self.tokenizer.name_or_path} does not render assistant turns as "
-                            "<|im_start|>assistant, line break, words, <|im_end|>: which tokens are the assistant's "
-                            f"cannot be told exactly (found: {found})")
+    def _modes(self, messages, tools, wanted):
+        """{message number: mode} of the answers to train."""
+        style, modes, wrong = self.template.style(tools), {}, []
+        for number in wanted:
+            thinks = bool(messages[number].get("reasoning_content"))
+            modes[number] = thinks if self.thinking == "auto" else self.thinking == "on"
+            if modes[number] not in style.endings:
+                modes[number] = not modes[number]  # there is one mode only
+            if thinks and not modes[number]:
+                wrong.append(("an answer with thinking cannot follow the prompt without (--thinking off)",
+                              f"message {number + 1}"))
+        if wrong:
+            raise BadRecord(wrong)
+        return modes
+
+    def _located(self, messages, tools, said, wanted, modes, notices):
+        """[(message number, mode, text, start, end)] of the answers to train, as `ChatTemplate.answered` has them."""
+        template, last = self.template, wanted[-1]
+        text, start, end = template.answered(messages[:last + 1], tools, modes[last], notices)
+        located = [(last, modes[last], text, start, end)]
+        if len(wanted) == 1:
+            return located
+        if set(modes.values()) == {modes[last]} and modes[last] in template.style(tools).flat:
+            turns = dict(zip(said, template.turns(text, modes[last], tools)))
+            if turns.get(last) != (start, end):
+                raise BadRecord([("the rendering cannot be walked", f"{said.index(last) + 1} assistant messages are "
+                                  "not what is found in what the chat template makes of them")])
+            if not any(template.joined(text, turns[number][0]) for number in wanted[:-1]):
+                for number in wanted[:-1]:
+                    template.check_words(messages[number], text[slice(*turns[number])], modes[number], notices)
+                return [(number, modes[number], text, *turns[number]) for number in wanted]
+        for number in wanted[-2::-1]:
+            text, start, end = template.answered(messages[:number + 1], tools, modes[number], notices)
+            located.insert(0, (number, modes[number], text, start, end))
+        for number, mode, text, start, _ in located:
+            if text[:start] != template.prompt(messages[:number], tools, mode):
+                raise BadRecord([("the rendering cannot be walked", f"message {number + 1} does not stand behind the "
+                                  "prompt for it in what the chat template makes of them")])
+        return located
+
+    def _share(self, located):
+        """As few excerpts as there can be: an answer joins the excerpt of a later one whose prompt begins with it."""
+        excerpts = []
+        for number, mode, text, start, end in reversed(located):
+            alone = excerpts and self.template.joined(text, start)  # a longer prompt has its first token otherwise
+            for excerpt, longer in () if alone else excerpts:
+                if longer.startswith(text[:end]):
+                    excerpt.answers.insert(0, (start, end, mode))
+                    excerpt.trained.insert(0, (start, end))
+                    break
+            else:
+                excerpts.insert(0, (Excerpt(number, [(start, end, mode)], [(start, end)]), text))
+        return excerpts
+
+
+def _all_but_other_answers(excerpt, text):
+    """The pieces of an excerpt's text outside the answers that are not trained in it."""
+    own, pieces, place = {end for _, end, _ in excerpt.answers}, [], 0
+    header = text.find(HEADER)
+    while header >= 0:
+        start = header + len(HEADER)
+        end = text.index(END, start) + len(END)
+        if end not in own:
+            pieces.append((place, start - text[start].isspace()))  # a cut must not part a token of the prompt
+            place = end
+        header = text.find(HEADER, end)
+    return [*pieces, (place, len(text))]

@@ -11,6 +11,7 @@ from mechanisms.errors import UserError
 from mechanisms.paths import data_files
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+DEEPEST = 100  # levels of lists and objects in a record; beyond, libraries give up at places of their own
 _SHOWN = 20  # problems printed in full; the rest are counted per kind
 
 
@@ -23,6 +24,40 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line} (record {self.number})"
+
+
+def deeper(value):
+    """Whether a JSON value has more than DEEPEST levels."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [child for one in level if isinstance(one, (dict, list))
+                 for child in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return False
+    return True
+
+
+class Notices(collections.Counter):
+    """What was left out or changed in usable records, and how often.
+
+    `examples`: {notice: one case of it}, of those counted by `note`.
+    """
+
+    def __init__(self, counts=(), examples=()):
+        super().__init__(counts)
+        self.examples = dict(examples)
+
+    def __reduce__(self):
+        return Notices, (dict(self), self.examples)
+
+    def note(self, notice, example):
+        self[notice] += 1
+        self.examples.setdefault(notice, example)
+
+    def take_over(self, other):
+        """Count what was counted of other records."""
+        self.update(other)
+        self.examples = {**other.examples, **self.examples}
 
 
 class Problems:
@@ -38,6 +73,8 @@ class Problems:
 
     def add(self, place: Place, reasons: list[tuple[str, str]], data: object) -> None:
         """Reject the record at `place`. reasons: list of (kind, detail), the kind the same for all records alike."""
+        if deeper(data):
+            data = "(nested too deeply to be shown)"
         self.rejected.append({
             "file": place.path, "line": place.line, "record": place.number,
             "reasons": [f"{kind}: {detail}" if detail else kind for kind, detail in reasons],

@@ -3,8 +3,11 @@
 import collections
 
 from mechanisms.console import table
-from mechanisms.data.encoder import IGNORED, Sample
-from mechanisms.data.records import Problems
+from mechanisms.data.encoder import IGNORED, Excerpt, Sample
+from mechanisms.data.records import Notices, Problems
+from mechanisms.data.shapes import Conversation
+
+MUCH_GROWTH = 3  # times the tokens of the conversations, from which a note names it
 
 
 class DataReport:
@@ -12,36 +15,53 @@ class DataReport:
 
     def __init__(self):
         self.problems = Problems()
-        self.notices = collections.Counter()  # what was left out or changed in usable records, and how often
+        self.notices = Notices()  # what was left out or changed in usable records, and how often
         self.left_out = collections.Counter()  # records that are not trained on, by reason
-        self.kept = self.truncated = self.tokens = self.trained = self.longest = 0
+        self.samples_left_out = collections.Counter()  # samples of records that are, by reason
+        self.modes = collections.Counter()  # answers trained after a "thinking" prompt and after a "plain" one
+        self.kept = self.samples = self.truncated = self.tokens = self.trained = self.longest = 0
+        self.apart = 0  # answers trained in a sample that is not the one of the conversation's last answer
+        self.once = 0  # tokens that one sample of each kept conversation has, the longest
         self.seen: set[int] = set()  # digests of conversations
         self.duplicates = 0
         self.counts_tokens = True
 
-    def count(self, sample: Sample | None, digest: int) -> bool:
-        """Count an encoded sample; True if it is kept. sample=None: kept, but not tokenized yet (lazy)."""
-        if sample is None:
-            self.counts_tokens = False
-        elif not len(sample.input_ids):
-            self.left_out[sample.outcome] += 1
-            return False
-        else:
+    def count(self, conversation: Conversation, excerpts: list[Excerpt], samples: list[Sample | None]) -> list[int]:
+        """Count the samples of a conversation; the numbers of those that are kept.
+
+        A sample that is None is kept, but not tokenized yet (lazy).
+        """
+        kept = [number for number, sample in enumerate(samples) if sample is None or sample.input_ids]
+        left_out = [sample.outcome for sample in samples if sample is not None and not sample.input_ids]
+        if not kept:
+            self.left_out[left_out[-1] if left_out else "nothing to learn"] += 1
+            return kept
+        self.samples_left_out.update(left_out)
+        for number in kept:
+            self.modes.update("thinking" if mode else "plain" for _, _, mode in excerpts[number].answers)
+            self.apart += len(excerpts[number].answers) if number < len(excerpts) - 1 else 0
+        tokenized = [samples[number] for number in kept if samples[number] is not None]
+        for sample in tokenized:
             self.truncated += sample.outcome == "truncated"
-            self.tokens += len(sample.input_ids)
             self.trained += len(sample.labels) - 1 - sample.labels[1:].count(IGNORED)
-            self.longest = max(self.longest, len(sample.input_ids))
+        lengths = [len(sample.input_ids) for sample in tokenized]
+        self.counts_tokens &= len(tokenized) == len(kept)
+        self.tokens += sum(lengths)
+        self.once += max(lengths, default=0)
+        self.longest = max(self.longest, *lengths, 0)
         self.kept += 1
-        self.duplicates += digest in self.seen
-        self.seen.add(digest)
-        return True
+        self.samples += len(kept)
+        self.duplicates += conversation.digest in self.seen
+        self.seen.add(conversation.digest)
+        return kept
 
     def add(self, other: "DataReport") -> None:
         """Count what another report has counted, of other records of the same data set."""
         self.problems.extend(other.problems)
-        self.notices.update(other.notices)
-        self.left_out.update(other.left_out)
-        for name in ("kept", "truncated", "tokens", "trained"):
+        self.notices.take_over(other.notices)
+        for name in ("left_out", "samples_left_out", "modes"):
+            getattr(self, name).update(getattr(other, name))
+        for name in ("kept", "samples", "truncated", "tokens", "trained", "apart", "once"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         self.duplicates += other.duplicates + len(self.seen & other.seen)
@@ -49,14 +69,16 @@ class DataReport:
 
     def to_json(self) -> dict:
         fields = {name: value for name, value in vars(self).items() if name not in ("problems", "seen")}
-        return {**fields, "rejected": self.problems.rejected, "fatal": self.problems.fatal}
+        return {**fields, "rejected": self.problems.rejected, "fatal": self.problems.fatal,
+                "examples": self.notices.examples}
 
     @classmethod
     def from_json(cls, fields: dict) -> "DataReport":
         report = cls()
         report.problems.rejected, report.problems.fatal = fields.pop("rejected"), fields.pop("fatal")
-        fields["notices"] = collections.Counter(fields["notices"])
-        fields["left_out"] = collections.Counter(fields["left_out"])
+        fields["notices"] = Notices(fields["notices"], fields.pop("examples"))
+        for name in ("left_out", "samples_left_out", "modes"):
+            fields[name] = collections.Counter(fields[name])
         vars(report).update(fields)
         return report
 
@@ -66,15 +88,29 @@ class DataReport:
         if rejected:
             rows.append(("left out: unusable (rejected.jsonl)", rejected))
         rows += [(f"left out: {reason}", count) for reason, count in sorted(self.left_out.items())]
+        rows.append(("answers trained", self.modes.total()))
+        if len(self.modes) > 1 or "thinking" in self.modes:
+            rows += [(f"  after the {name} prompt", count) for name, count in sorted(self.modes.items())]
+        if self.samples > self.kept:
+            rows += [("  in samples of their own", self.apart), ("samples", self.samples)]
+        rows += [(f"samples left out: {reason}", count) for reason, count in sorted(self.samples_left_out.items())]
         if self.counts_tokens:
             rows.append(("truncated", self.truncated))
         rows.append(("duplicates among the kept", self.duplicates))
+        growth = self.tokens / self.once if self.once else 1
         if self.counts_tokens and self.kept:
-            rows += [("tokens", self.tokens),
+            rows += [("tokens", f"{self.tokens:,}" + (f" ({growth:.2f} times those of the conversations)"
+                                                      if self.samples > self.kept else "")),
                      ("trained tokens", f"{self.trained:,} ({self.trained / self.tokens:.1%})"),
-                     ("longest sample", self.longest), ("mean sample", f"{self.tokens / self.kept:.1f}")]
+                     ("longest sample", self.longest), ("mean sample", f"{self.tokens / self.samples:.1f}")]
         lines = [title, table(rows)]
         if not self.counts_tokens:
             lines.append("  (token counts are not known with --lazy_preprocess)")
-        lines += [f"  note: {count:,} x {notice}" for notice, count in sorted(self.notices.items())]
+        elif growth > MUCH_GROWTH:
+            lines.append(f"  note: the tokens grew {growth:.1f}-fold, because the chat template shows earlier answers "
+                         "otherwise than they were said: each is trained after the whole conversation before it. "
+                         "--earlier_answers skip trains the last ones only")
+        for notice, count in sorted(self.notices.items()):
+            example = self.notices.examples.get(notice)
+            lines.append(f"  note: {count:,} x {notice}" + (f", such as {example!r}" if example else ""))
         return lines

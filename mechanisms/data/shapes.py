@@ -9,16 +9,24 @@ import json
 from collections import Counter
 from typing import NamedTuple
 
+from mechanisms.data.records import DEEPEST, deeper
+
 # Every spelling of a role met in the wild, and the role it is.
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "function_call": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool"}
+         "function_call": "assistant", "tool_call": "assistant", "tool": "tool", "observation": "tool",
+         "function_response": "tool", "tool_response": "tool", "function": "tool"}
+CALL_ROLES = "function_call", "tool_call"  # of messages whose content is a call, or a list of calls
 FOLLOWS = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user", "tool"),
            "tool": ("assistant", "tool")}  # what may stand right before a message of this role
-SHAPES = {"messages": {"messages", "tools"}, "conversations": {"conversations", "tools", "system"},
-          "instruction": {"instruction", "input", "output", "system", "history"}}
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys for what an assistant thinks before it answers
+SHAPES = {"messages": {"messages"}, "conversations": {"conversations"},
+          "instruction": {"instruction", "input", "output", "history", *REASONING}}
+ANY_SHAPE = {"system", "tools", "functions"}
 METADATA = {"id", "type", "source"}  # known keys that say nothing about the conversation
-MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "tool_call_id", "name", "reasoning_content", "train",
-                "loss", "weight"}
+SWITCHES = ("train", "loss", "weight", "loss_weight", "loss_scale", "mask")  # mask: true means not trained
+# Keys that hold a part of the conversation which this program cannot train on.
+UNUSABLE = ("images", "image", "videos", "video", "audios", "audio", "function_call")
+MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "tool_call_id", "name", *REASONING, *SWITCHES}
 
 
 class Conversation(NamedTuple):
@@ -49,15 +57,20 @@ def to_conversation(record: object, notices: Counter[str]) -> Conversation:
         keys = ", ".join(map(repr, record)) or "none"
         raise BadRecord([("unknown shape", f"keys {keys}; known are 'messages', 'conversations' and 'instruction' with "
                           f"'output'{nearest_shape(record)}")])
-    for key in record.keys() - SHAPES[shape] - METADATA:
-        notices[f"key {key!r} of the record"] += 1
-
     wrong = []  # (kind, detail)
-    turns = record[shape] if shape != "instruction" else alpaca_turns(record)
+    if deeper(record):
+        raise BadRecord([("nested too deeply", f"more than {DEEPEST} levels")])
+    unusable = {*UNUSABLE, *REASONING} - SHAPES[shape]
+    for key in record.keys() - SHAPES[shape] - ANY_SHAPE - METADATA:
+        if key not in unusable:
+            notices[f"key {key!r} of the record"] += 1
+        elif record[key]:
+            wrong.append((f"{key!r} cannot be used", f"{shown(record[key])} of the record"))
+    turns = record[shape] if shape != "instruction" else alpaca_turns(record, wrong)
     if not isinstance(turns, list) or not turns:
-        raise BadRecord([("empty conversation", f"{shape!r} is {json.dumps(turns, ensure_ascii=False)[:60]}")])
-    if shape == "conversations" and record.get("system"):
-        turns = [{"role": "system", "content": record["system"]}, *turns]
+        raise BadRecord([("empty conversation", f"{shape!r} is {shown(turns)}")])
+    if record.get("system") and shape != "instruction":
+        turns = with_system(record["system"], turns, wrong)
     messages, trained = [], []
     for number, turn in enumerate(turns, 1):
         message, train = to_message(turn, f"message {number}", wrong, notices)
@@ -73,11 +86,7 @@ def to_conversation(record: object, notices: Counter[str]) -> Conversation:
             before = message["role"]
         if not trained:
             wrong.append(("no assistant turn", "there is nothing to learn from"))
-    tools = record.get("tools") or None
-    if isinstance(tools, str):
-        tools = parse_json(tools, "tools", wrong)
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        wrong.append(("tools are a list of JSON schemas", f"this is {type(tools).__name__}"))
+    tools = to_tools(record, wrong)
     if wrong:
         raise BadRecord(wrong)
     while messages[-1]["role"] != "assistant":  # nobody answers it: nothing is learned from it
@@ -103,17 +112,55 @@ def nearest_shape(record: dict) -> str:
     return found
 
 
-def alpaca_turns(record: dict) -> list[dict]:
+def shown(value: object) -> str:
+    """The beginning of a JSON value, for a message."""
+    return json.dumps(value, ensure_ascii=False)[:60]
+
+
+def with_system(system: object, turns: list, wrong: list[tuple[str, str]]) -> list:
+    """The turns after the system message that stands beside them in the record."""
+    first = turns[0] if isinstance(turns[0], dict) else {}
+    if first.get("role", first.get("from")) != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if first.get("content", first.get("value")) != system:
+        wrong.append(("two system messages", f"'system' of the record is {shown(system)}, and message 1 is another"))
+    return turns
+
+
+def to_tools(record: dict, wrong: list[tuple[str, str]]) -> list[dict] | None:
+    """The tools of a record: its `tools`, as a list or a string of JSON, or OpenAI's older `functions`; or None."""
+    tools, key = record.get("tools") or None, "tools"
+    if record.get("functions"):
+        if tools:
+            wrong.append(("'functions' cannot be used", "beside 'tools' of the record"))
+        tools, key = record["functions"], "functions"
+    if isinstance(tools, str):
+        tools = parse_json(tools, key, wrong)
+    if tools is None:
+        return None
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        wrong.append(("tools are a list of JSON schemas", f"this is {type(tools).__name__}"))
+        return None
+    return tools if key == "tools" else [{"type": "function", "function": function} for function in tools]
+
+
+def alpaca_turns(record: dict, wrong: list[tuple[str, str]]) -> list[dict]:
     """instruction/input/output, with optional system and history [[question, answer], ...] -> messages."""
     question = record["instruction"]
-    if record.get("input") and isinstance(question, str) and isinstance(record["input"], str):
-        question = f"{question}\n{record['input']}" if question else record["input"]
+    if record.get("input"):
+        if isinstance(question, str) and isinstance(record["input"], str):
+            question = f"{question}\n{record['input']}" if question else record["input"]
+        else:
+            wrong.append(("instruction and input are strings", f"input is {shown(record['input'])}"))
     turns = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    for pair in record.get("history") or []:
+    history = record.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2):
-            raise BadRecord([("history is a list of [question, answer]", json.dumps(pair, ensure_ascii=False)[:60])])
+            raise BadRecord([("history is a list of [question, answer]", shown(pair))])
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": record.get("output")}]
+    reasoning = {key: record[key] for key in REASONING if key in record}
+    return [*turns, {"role": "user", "content": question},
+            {"role": "assistant", "content": record.get("output"), **reasoning}]
 
 
 def to_message(turn: object, name: str, wrong: list[tuple[str, str]], notices: Counter[str]) -> tuple[dict, bool]:
@@ -122,21 +169,31 @@ def to_message(turn: object, name: str, wrong: list[tuple[str, str]], notices: C
         wrong.append(("a message is a JSON object", f"{name} is {type(turn).__name__}"))
         return {}, False
     for key in turn.keys() - MESSAGE_KEYS:
-        notices[f"key {key!r} of a message"] += 1
+        if key not in UNUSABLE:
+            notices[f"key {key!r} of a message"] += 1
     written_role = turn.get("role", turn.get("from"))
     role = ROLES.get(written_role) if isinstance(written_role, str) else None
     content = turn.get("content", turn.get("value"))
     if role is None:
         wrong.append(("unknown role", f"{name} has role {written_role!r}; known are {', '.join(ROLES)}"))
         return {}, False
-    message = {"role": role, "content": content}
-    if written_role == "function_call":
-        calls = parse_json(content, f"{name} (function_call)", wrong)
+    message, called = {"role": role, "content": content}, turn.get("tool_calls")
+    for key in UNUSABLE:
+        if key == "function_call" and not content and not called and turn.get(key):  # OpenAI's older spelling
+            called = [turn[key]]
+        elif turn.get(key):
+            wrong.append((f"{key!r} cannot be used", f"{shown(turn[key])} of {name}"))
+    if written_role in CALL_ROLES:
+        calls = parse_json(content, f"{name} ({written_role})", wrong)
         message = {"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    elif turn.get("tool_calls"):
-        message = {"role": role, "content": "" if content is None else content, "tool_calls": turn["tool_calls"]}
-    if isinstance(turn.get("reasoning_content"), str) and role == "assistant":
-        message["reasoning_content"] = turn["reasoning_content"]
+    elif called:
+        message = {"role": role, "content": "" if content is None else content, "tool_calls": called}
+    reasoning = [turn[key] for key in REASONING if turn.get(key)]
+    if role != "assistant" or any(text != reasoning[0] or not isinstance(text, str) for text in reasoning):
+        wrong += [("thinking is one string of an assistant message", f"{name} ({role}) has {shown(text)}")
+                  for text in reasoning[:1]]
+    elif reasoning and reasoning[0].strip():
+        message["reasoning_content"] = reasoning[0]
     if not isinstance(message["content"], str):
         kind = "null" if content is None else type(content).__name__
         wrong.append(("content is not a string", f"{name} ({role}) has {kind}"))
@@ -158,8 +215,10 @@ def to_tool_calls(calls: object, role: str, name: str, wrong: list[tuple[str, st
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             wrong.append(("a tool call has a name and arguments", name))
             continue
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
+        arguments = function.get("arguments")
+        if arguments is None:
+            arguments = {}
+        elif isinstance(arguments, str):
             arguments = parse_json(arguments, f"{name}, arguments of {function['name']}", wrong)
         result.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return result
@@ -168,16 +227,22 @@ def to_tool_calls(calls: object, role: str, name: str, wrong: list[tuple[str, st
 def parse_json(text: object, name: str, wrong: list[tuple[str, str]]) -> object:
     """The value of a JSON text; None, and the fault added to `wrong`, if it is not one."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if deeper(value):
+            raise RecursionError
+        return value
+    except RecursionError:
+        wrong.append(("nested too deeply", f"{name}: more than {DEEPEST} levels"))
     except (TypeError, ValueError) as error:
         wrong.append(("not valid JSON inside the record", f"{name}: {error}"))
 
 
 def train_switch(turn: dict, role: str, name: str, wrong: list[tuple[str, str]]) -> bool:
-    """"train", "loss" (true/false) or "weight" (0/1) of a message, all meaning the same; absent: trained."""
-    switches = [turn[key] for key in ("train", "loss", "weight") if turn.get(key) is not None]
-    if any(switch not in (0, 1) for switch in switches) or len(set(map(bool, switches))) > 1:
-        wrong.append(("train, loss and weight are true or false (1 or 0)", f"{name} has {switches}"))
-    elif switches and switches[0] and role != "assistant":
-        wrong.append(("only assistant messages can be trained", f"{name} ({role}) asks for it"))
-    return bool(switches[0]) if switches else True
+    """What SWITCHES of a message say (true/false or 1/0), all meaning the same but for mask; absent: trained."""
+    given = {key: turn[key] for key in SWITCHES if turn.get(key) is not None}
+    trained = {bool(value) != (key == "mask") for key, value in given.items()}
+    if any(isinstance(value, (list, dict)) or value not in (0, 1) for value in given.values()) or len(trained) > 1:
+        wrong.append(("train, loss and weight are true or false (1 or 0)", f"{name} has {shown(given)}"))
+    elif True in trained and role != "assistant":
+        wrong.append(("only assistant messages can be trained", f"{name} ({role}) asks for it: {shown(given)}"))
+    return trained != {False}

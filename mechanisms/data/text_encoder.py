@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Split
 
+from mechanisms.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -30,14 +32,45 @@ OTHER = re.compile("[^\0-\u02ff\u0400-\u0482\u048a-\u052f\u200b-\u2027\u2030-\u2
                    "\U0001f300-\U0001faff]")
 
 
+# An added token that is to be encoded as the letters it is written with: MARK <first letter> MARK <the others> MARK.
+# (So a chat template does not recognize it either.) It is a character for private use.
+MARK = "\U000f0000"
+MARKED = re.compile(f"{MARK}(.){MARK}(.*?){MARK}", re.DOTALL)
+
+
 class TextEncoder:
-    """text -> list of ids, the same ones as `tokenizer.encode(text, add_special_tokens=False)`."""
+    """text -> list of ids, the same ones as `tokenizer.encode(text, add_special_tokens=False)`.
+
+    Added tokens between marks (see MARK) are encoded as the text they are, apart from what stands around them.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         self.rust: Tokenizer = tokenizer.backend_tokenizer
         self.tiktoken: tiktoken.Encoding | None = None
+        self.spelled = functools.lru_cache(1000)(self._spelled)
 
     def __call__(self, text: str) -> list[int]:
+        if MARK not in text:
+            return self._encode(text)
+        text, *parts = MARKED.split(text)
+        ids = self._encode(text)
+        for first, rest, text in zip(parts[::3], parts[1::3], parts[2::3]):
+            ids = ids + self.spelled(first + rest) + self._encode(text)
+        return ids
+
+    def _spelled(self, token):
+        """The ids of an added token written out. Raises UserError if the tokenizer makes the token of it all the same.
+        """
+        text = self.rust.normalizer.normalize_str(token) if self.rust.normalizer else token
+        words = [word for word, _ in self.rust.pre_tokenizer.pre_tokenize_str(text)] if self.rust.pre_tokenizer \
+            else [text]
+        ids = [part.id for word in words for part in self.rust.model.tokenize(word)]
+        if self.rust.token_to_id(token) in ids:
+            raise UserError(f"the tokenizer makes the control token {token!r} of its letters too: it cannot be told "
+                            "apart from the same letters in a text")
+        return ids
+
+    def _encode(self, text):
         if self.tiktoken and not OTHER.search(text):
             first, end, rest = text.partition("<|im_end|>")  # a control token: what stands around it is apart
             try:

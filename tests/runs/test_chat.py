@@ -114,8 +114,8 @@ def test_sampling_flags(make_model):
     def settings(*flags, **saved):
         model, tokenizer = load_to_answer(str(make_model()))
         model.generation_config.update(**saved)
-        _, _, sampling = chat.parse_arguments(["model", *flags])
-        return chat.Conversation(model, tokenizer, sampling).model.generation_config
+        _, _, sampling = chat.parse_arguments([str(make_model()), *flags])
+        return chat.ChatSession(model, tokenizer, sampling).model.generation_config
 
     assert settings(do_sample=True, temperature=0.7).temperature == 0.7  # what the folder says
     assert settings("--top_k", "5", do_sample=True, temperature=0.7).temperature == 0.7
@@ -132,7 +132,7 @@ def test_sampling_flags(make_model):
 def conversation(tokenizer, system=None):
     """A Conversation with a model that only has settings."""
     model = SimpleNamespace(generation_config=GenerationConfig(), device="cpu")
-    return chat.Conversation(model, tokenizer, {}, system)
+    return chat.ChatSession(model, tokenizer, {}, system)
 
 
 def test_typed_control_tokens_are_plain_text(make_model):
@@ -176,10 +176,13 @@ class Terminal:
 
     # Answers come slowly, so that one can be stopped; long messages are shown first.
     OBSERVED = """
-import sys, time, chat
-put, ask = chat.Answer.put, chat.Conversation.ask
-chat.Answer.put = lambda self, value: (time.sleep(0.03), put(self, value))
-chat.Conversation.ask = lambda self, text: (print(repr(text) * ("\\n" in text)), ask(self, text))
+import sys, time
+from mechanisms.quiet import silence
+silence()
+import chat
+put, ask = chat.AnswerStreamer.put, chat.ChatSession.ask
+chat.AnswerStreamer.put = lambda self, value: (time.sleep(0.03), put(self, value))
+chat.ChatSession.ask = lambda self, text: (print(repr(text) * ("\\n" in text)), ask(self, text))
 chat.main(sys.argv[1:])
 """
 
@@ -275,7 +278,7 @@ def test_what_the_model_hears(make_model, monkeypatch, capsys):
     model, tokenizer = load_to_answer(str(make_model()))
     monkeypatch.setattr(model, "generate", generate)
     monkeypatch.setattr("builtins.input", typed)
-    talk = chat.Conversation(model, tokenizer, {})
+    talk = chat.ChatSession(model, tokenizer, {})
     chat.converse(talk)
     assert "user\nfirst\nsecond\n\nlast<|im_end|>" in heard[0]
     assert "Some words and<|im_end|>" in heard[1] and "user\ntyped\npasted<|im_end|>" in heard[1]

@@ -1,12 +1,11 @@
 """Every record and line of the real data with every real tokenizer: what takes too long for tests/unit."""
 
 import unicodedata
-from collections import Counter
 
 import pytest
 
 from finetune import load_tokenizer
-from mechanisms.data.records import Problems, find_files, read_records
+from mechanisms.data.records import Notices, Problems, find_files, read_records
 from mechanisms.data.shapes import to_conversation
 from mechanisms.data.text_encoder import OTHER
 from tests.conftest import REAL_TOKENIZERS
@@ -20,17 +19,10 @@ REAL_FILES = {"conversations": ["conversations/xiaozhi_chat.json", "conversation
               "sharegpt": ["sharegpt/fastchat_dummy_conversation.json"]}
 
 
-def expected_text(tokenizer_name, conversation):
+def expected_text(conversation):
     """What each assistant turn must come to, written down independently of the encoder."""
-    last_user = max(i for i, message in enumerate(conversation.messages) if message["role"] == "user")
-    expected = []
-    for index, message in enumerate(conversation.messages):
-        if message["role"] == "assistant":
-            words = message["content"]
-            if tokenizer_name == "qwen3" and index > last_user:  # only the answer at the end shows its (empty) thinking
-                words = "<think>\n\n</think>\n\n" + words.lstrip("\n")
-            expected.append(unicodedata.normalize("NFC", words) + "<|im_end|>")
-    return expected
+    return [unicodedata.normalize("NFC", message["content"]) + "<|im_end|>"
+            for message in conversation.messages if message["role"] == "assistant"]
 
 
 @pytest.mark.parametrize("shape", REAL_FILES)
@@ -39,14 +31,16 @@ def test_trained_ids_of_every_real_record_are_the_assistants_words(real, real_da
     problems, conversations = Problems(), []
     for path in find_files([str(real_data / "datasets" / file) for file in REAL_FILES[shape]], problems):
         for _, record in read_records(path, problems):
-            conversations.append(to_conversation(record, Counter()))
+            conversations.append(to_conversation(record, Notices()))
     assert not problems.rejected and not problems.fatal
     assert len(conversations) >= (200 if shape in ("conversations", "instruction") else 100)
     for conversation in conversations:
-        sample = encoder(conversation)
-        assert trained_text(tokenizer, sample) == expected_text(name, conversation)
-        starts = sample.input_ids.count(encoder.start)
-        assert starts == sample.input_ids.count(encoder.end)
+        samples = encoder(conversation)
+        assert trained_text(tokenizer, *samples) == expected_text(conversation)
+        answers = sum(message["role"] == "assistant" for message in conversation.messages)
+        assert len(samples) == (answers if name == "qwen3" else 1)
+        starts, ends = map(samples[-1].input_ids.count, tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+        assert starts == ends
         system = 0 if name == "qwen3" or conversation.messages[0]["role"] == "system" else 1
         assert starts == len(conversation.messages) + system
 

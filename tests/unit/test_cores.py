@@ -1,6 +1,5 @@
 """Work on all cores: the results and problems of one core, in the same order; whoever is killed, nothing hangs."""
 
-import collections
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ import finetune
 from mechanisms.data import datasets
 from mechanisms.data.cores import on_all_cores
 from mechanisms.data.datasets import read_files, to_conversations, tokenize
-from mechanisms.data.records import Problems
+from mechanisms.data.records import Notices, Problems
 from mechanisms.data.report import DataReport
 from mechanisms.data.token_cache import TokenCache
 from mechanisms.errors import UserError
@@ -87,9 +86,9 @@ def test_samples_and_problems_of_many_records(make_model, tmp_path, monkeypatch,
     assert (encoder.ids_of.tiktoken is None) == (much_text > 0)
 
     encoder = finetune.ConversationEncoder(finetune.load_tokenizer(str(make_model())), 64)
-    problems, notices, expected = Problems(), collections.Counter(), []
+    problems, notices, expected = Problems(), Notices(), []
     for _, conversation in to_conversations(read_files(files, problems), problems, notices):
-        sample = encoder(conversation, notices)
+        [sample] = encoder(conversation, notices)
         expected.append((sample.input_ids, sample.labels, conversation.digest))
     assert found == expected and len(found) == 2392
     assert report.problems.rejected == problems.rejected and len(problems.rejected) == 8

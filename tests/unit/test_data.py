@@ -1,12 +1,13 @@
 """Records out of files: three shapes, every encoding of lines, and every problem with its place."""
 
 import collections
+import functools
 import json
 import time
 
 import pytest
 
-from mechanisms.data.records import Problems, find_files, read_records
+from mechanisms.data.records import Place, Problems, find_files, read_records
 from mechanisms.data.shapes import BadRecord, to_conversation
 from mechanisms.errors import UserError
 
@@ -202,3 +203,70 @@ def test_report_shows_twenty_and_counts_the_rest(tmp_path):
     problems.write(tmp_path / "rejected.jsonl")
     rows = [json.loads(line) for line in open(tmp_path / "rejected.jsonl", encoding="utf-8")]
     assert len(rows) == 42 and set(rows[0]) == {"file", "line", "record", "reasons", "data"}
+
+
+Q = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize("record, messages", [
+    ({"system": "Rhyme.", "messages": [Q, A]}, [{"role": "system", "content": "Rhyme."}, Q, A]),
+    ({"system": "x", "messages": [S, Q, A]}, [S, Q, A]),
+    ({"messages": [Q, {**A, "reasoning": "hm"}]}, [Q, {**A, "reasoning_content": "hm"}]),
+    ({"messages": [Q, {**A, "thinking": "hm", "reasoning_content": "hm"}]}, [Q, {**A, "reasoning_content": "hm"}]),
+    ({"instruction": "q", "output": "x", "thinking": "hm"}, [Q, {**A, "reasoning_content": "hm"}]),
+    ({"messages": [Q, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+                   {"role": "function", "name": "f", "content": "3"}, A], "functions": [{"name": "f"}]},
+     [Q, {"role": "assistant", "content": "", "tool_calls": [
+         {"type": "function", "function": {"name": "f", "arguments": {}}}]}, {"role": "tool", "content": "3"}, A]),
+    ({"messages": [Q, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": None}]},
+                   {"role": "tool", "content": "3"}, A]},
+     [Q, {"role": "assistant", "content": "", "tool_calls": [
+         {"type": "function", "function": {"name": "f", "arguments": {}}}]}, {"role": "tool", "content": "3"}, A]),
+    ({"messages": [Q, {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'},
+                   {"role": "tool_response", "content": "3"}, A]},
+     [Q, {"role": "assistant", "content": "", "tool_calls": [
+         {"type": "function", "function": {"name": "f", "arguments": {}}}]}, {"role": "tool", "content": "3"}, A])])
+def test_content_is_used_wherever_it_stands(record, messages):
+    conversation, notices = shape(record)
+    assert conversation.messages == messages and not notices
+    if "functions" in record:
+        assert conversation.tools == [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize("record, kind", [
+    ({"system": "Rhyme.", "messages": [S, Q, A]}, "two system messages"),
+    ({"messages": [Q, A], "images": ["a.png"]}, "'images' cannot be used"),
+    ({"messages": [{**Q, "images": ["a.png"]}, A]}, "'images' cannot be used"),
+    ({"messages": [Q, {**A, "function_call": {"name": "f", "arguments": "{}"}}]}, "'function_call' cannot be used"),
+    ({"messages": [Q, A], "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "'functions' cannot be used"),
+    ({"messages": [Q, A], "reasoning": "hm"}, "'reasoning' cannot be used"),
+    ({"messages": [Q, {**A, "reasoning": ["hm"]}]}, "thinking is one string of an assistant message"),
+    ({"messages": [Q, {**A, "reasoning": "hm", "thinking": "no"}]}, "thinking is one string of an assistant message"),
+    ({"messages": [{**Q, "reasoning": "hm"}, A]}, "thinking is one string of an assistant message"),
+    ({"messages": [Q, {**A, "loss_weight": 0.5}]}, "train, loss and weight are true or false (1 or 0)"),
+    ({"messages": [Q, {**A, "mask": True, "train": True}]}, "train, loss and weight are true or false (1 or 0)"),
+    ({"instruction": "Double it.", "input": 21, "output": "42"}, "instruction and input are strings"),
+    ({"instruction": "q", "output": "a", "history": 5}, "history is a list of [question, answer]"),
+    ({"instruction": "q", "output": "a", "history": float("nan")}, "history is a list of [question, answer]"),
+    ({"messages": [Q, A], "tools": "[" * 5000}, "nested too deeply"),
+    ({"messages": [Q, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 500 + "]" * 500}]}]},
+     "nested too deeply"),
+    ({"messages": [Q, A], "tools": [functools.reduce(lambda inner, _: {"p": inner}, range(600), {})]},
+     "nested too deeply")])
+def test_content_that_cannot_be_used_is_a_problem(record, kind):
+    assert kinds_of(record) == [kind]
+
+
+def test_the_record_of_a_problem_can_always_be_shown(tmp_path):
+    problems = Problems()
+    deep = functools.reduce(lambda inner, _: [inner], range(900), [])
+    problems.add(Place("a", 1, 1), [("kind", "detail")], {"messages": deep})
+    problems.write(tmp_path / "rejected.jsonl")
+    assert "nested too deeply to be shown" in problems.report()
+
+
+@pytest.mark.parametrize("off", [{"mask": True}, {"loss_weight": 0}, {"loss_scale": 0.0}, {"train": False}])
+def test_every_switch_is_honoured(off):
+    assert shape({"messages": [Q, {**A, **off}, Q, A]})[0].trained == (False, True)
+    on = {key: not value if key != "loss_scale" else 1.0 for key, value in off.items()}
+    assert shape({"messages": [Q, {**A, **on}]})[0].trained == (True,)

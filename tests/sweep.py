@@ -1,0 +1,114 @@
+"""Every label of much data against the oracle: long versions of test_oracle.py and test_fuzz.py.
+
+  REAL_DATA=folder python -m tests.sweep real             # all real datasets x all tokenizers x all modes
+  REAL_DATA=folder python -m tests.sweep fuzz --cases 10000
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from mechanisms.quiet import silence
+
+silence()
+
+from mechanisms.data.encoder import ConversationEncoder  # noqa: E402
+from mechanisms.data.records import Notices, Problems, read_records  # noqa: E402
+from mechanisms.data.shapes import BadRecord, to_conversation  # noqa: E402
+from mechanisms.errors import UserError  # noqa: E402
+from tests.oracle import Difference, Oracle, load, with_thoughts  # noqa: E402
+
+LONGEST = 1 << 20  # tokens; nothing is cut
+THINKING = "auto", "on", "off"
+
+
+def tokenizer_paths(real_data):
+    """{name: path} of all real tokenizers, Qwen-1's among them."""
+    folders = sorted(path for path in (real_data / "tokenizers").iterdir() if (path / "vocab.json").exists())
+    return {**{path.name: path for path in folders}, "qwen1": real_data / "checkpoints/Qwen-tiny-Chat"}
+
+
+def dataset_paths(real_data):
+    return sorted(path for path in (real_data / "datasets").rglob("*.json*"))
+
+
+def conversations(path, every=1, longest=None):
+    """Each `every`-th usable record of a file, as it is and with thinking: (record number, with thinking?, record)."""
+    for place, record in read_records(str(path), Problems()):
+        if place.number % every:
+            continue
+        try:
+            conversation = to_conversation(record, Notices())
+        except BadRecord:
+            continue
+        if longest and len(conversation.messages) > longest:
+            continue
+        yield place.number, False, conversation
+        messages = with_thoughts(conversation.messages, place.number)
+        if messages != conversation.messages:
+            yield place.number, True, to_conversation({"messages": messages, "tools": conversation.tools}, Notices())
+
+
+def compare(encoder, oracle, conversation):
+    """Answers compared. Raises Difference, also where the encoder refuses what it should not, or the reverse."""
+    refused = oracle.refused(conversation.messages, conversation.trained)
+    try:
+        samples = encoder(conversation)
+    except BadRecord as bad:
+        thinks = any(message.get("reasoning_content") for message in conversation.messages)
+        if refused or thinks and not oracle.has_thinking:
+            return 0
+        raise Difference(f"refused: {bad.args[0]}") from bad
+    if refused:
+        raise Difference("not refused")
+    return oracle.compare(conversation.messages, conversation.tools, conversation.trained, samples)
+
+
+def sweep(tokenizer, files, thinking, every=1, longest=None):
+    """-> (answers compared, [difference with its place])."""
+    oracle = Oracle(tokenizer, thinking)
+    try:
+        encoder = ConversationEncoder(tokenizer, LONGEST, thinking=thinking)
+    except UserError:
+        return 0, ["refused"] if oracle.possible() else []
+    answers, differences = 0, []
+    for path in files:
+        for number, with_thinking, conversation in conversations(path, every, longest):
+            try:
+                answers += compare(encoder, oracle, conversation)
+            except Difference as difference:
+                differences.append(f"{path.name}, record {number}{', with thinking' * with_thinking}: {difference}")
+    return answers, differences
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["real", "fuzz"])
+    parser.add_argument("--cases", type=int, default=10_000, help="of the fuzz, for each tokenizer together (10000)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    real_data, total, wrong, began = Path(os.environ["REAL_DATA"]), 0, 0, time.time()
+    with tempfile.TemporaryDirectory() as cache:
+        for name, path in tokenizer_paths(real_data).items():
+            if args.what == "fuzz":
+                break
+            for thinking in THINKING:
+                answers, differences = sweep(load(path, cache), dataset_paths(real_data), thinking)
+                total, wrong = total + answers, wrong + len(differences)
+                print(f"{name:22} --thinking {thinking:5} {answers:>8,} answers, {len(differences)} differences",
+                      flush=True)
+                print(*differences[:3], sep="\n", end="\n" * bool(differences), flush=True)
+        if args.what == "fuzz":
+            from tests.fuzz import fuzz
+
+            total, wrong = fuzz({name: load(path, cache) for name, path in tokenizer_paths(real_data).items()},
+                                args.cases, args.seed)
+    print(json.dumps({"answers": total, "differences": wrong, "seconds": round(time.time() - began)}))
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
