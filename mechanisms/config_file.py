@@ -10,7 +10,7 @@ CONFIG_FILE = (".yaml", ".yml", ".json")  # how the name of one ends
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
-def read_config(path):
+def read_config(path: str) -> list[tuple[str, list[str]]]:
     """[(key, values as words of a command line)]; keys without a value are left out. Raises UserError.
 
     Values stay as they are written: YAML would turn `eval_strategy: no` into False and leave `1e-5` a string. Variables

@@ -52,7 +52,7 @@ class Flag(NamedTuple):
 
 
 @functools.cache
-def read_flags(script):
+def read_flags(script: str) -> dict[str, list[Flag]]:
     """{class name: [Flag]} of the script's `*Arguments` dataclasses.
 
     If one of them inherits from transformers.TrainingArguments, the other flags of that are under TRAINER. UserError if
@@ -78,7 +78,7 @@ def read_flags(script):
     return groups
 
 
-def read_docstring(script):
+def read_docstring(script: str) -> str:
     return ast.get_docstring(_parsed(script))
 
 
@@ -145,7 +145,7 @@ def _literal(node):
 
 # -- help -------------------------------------------------------------------------------------------------------------
 
-def print_help(script):
+def print_help(script: str):
     """The script's docstring, then its flags by dataclass, at most as wide as the terminal (80 without one)."""
     width = min(shutil.get_terminal_size().columns, 110)
     print(_narrow(read_docstring(script), width))

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from mechanisms.config_file import CONFIG_FILE, VARIABLE, read_config
@@ -43,7 +44,7 @@ class Given(NamedTuple):
         return self.place + self.written
 
 
-def prepare_command_line(script, argv):
+def prepare_command_line(script: str, argv: list[str]) -> list[str]:
     """Read config files, check the names and values of all flags, answer `--help`.
 
     Args:
@@ -86,7 +87,7 @@ def prepare_command_line(script, argv):
     return words + [word for entry in given for word in _as_words(entry)]
 
 
-def make_parser(classes):
+def make_parser(classes: Iterable[type]):
     """The HfArgumentParser of dataclasses whose metadata has keys of ours. It raises UserError where it would exit."""
     from transformers import HfArgumentParser
 
@@ -100,7 +101,7 @@ def make_parser(classes):
     return Parser(classes, allow_abbrev=False)
 
 
-def parse_into(classes, argv):
+def parse_into(classes: Iterable[type], argv: list[str]) -> tuple:
     """What `prepare_command_line` returned -> one instance of each dataclass, and the list of words beside the flags.
 
     Raises UserError: a value that a flag does not take, or a required flag that is missing.

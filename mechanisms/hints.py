@@ -1,6 +1,7 @@
 """Names that flags have in other programs (LLaMA-Factory, Axolotl, TRL, ms-swift, ...), and what to write here."""
 
 import re
+from collections.abc import Set
 
 # What to write here: the names it has elsewhere. A row counts for a script that has all the flags it names, and the
 # first one that counts is given.
@@ -106,11 +107,11 @@ NO_FLAG = {
 }
 
 
-def flags_in(text):
+def flags_in(text: str) -> set[str]:
     return set(re.findall(r"--(\w+)", text))
 
 
-def what_to_write(name, known, trains):
+def what_to_write(name: str, known: Set[str], trains: bool) -> str | None:
     """What to write instead of --`name`, a flag that the script does not have. None: no other program is known for it.
 
     known: names of the script's flags; trains: whether it is a program for training.

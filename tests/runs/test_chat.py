@@ -75,7 +75,7 @@ def test_a_model_without_template_and_end_token(make_model, tmp_path, talk):
     (["--temperature", "0"], "--do_sample False takes"),
     (["--top_p", "1.5", "--max_new_tokens", "0"], "--max_new_tokens 0: 1 or more"),
     (["--temperature", "0.5", "--do_sample", "False"], "--temperature: no effect with --do_sample False"),
-    (["--top_k", "many"], "--top_k takes a whole number, not 'many'"),
+    (["--top_k", "many"], "invalid int value"),
     (["another"], "one model or adapter to talk to, not 2"),
     (["--base_model", "x", "--message", "x"], "--base_model is for adapters"),
     (["--message", "long " * 3000], "the model holds 2048")])
