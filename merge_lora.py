@@ -24,7 +24,7 @@ from mechanisms.quiet import silence
 
 @dataclass
 class MergeArguments:
-    adapter_path: str = field(metadata={"help": "Folder of the adapter.", "exists": "model"})
+    adapter_path: str = field(metadata={"help": "Folder of the adapter.", "metavar": "FOLDER", "exists": "model"})
     output_dir: str = field(metadata={"help": "Folder to make. It must not exist, or be empty."})
     base_model: str = field(default=None, metadata={
         "help": "The 16-bit model to merge into (default: the one named in the adapter)."})
