@@ -102,6 +102,9 @@ class TrainingArguments(transformers.TrainingArguments):
     resume_from_checkpoint: str = field(default=None, metadata={
         "help": "Unset: go on from the newest complete checkpoint in --output_dir, if any. True: there must be one. "
                 "False: start over, in a folder without results. Or the path of a checkpoint."})
+    loss_spike_factor: float = field(default=None, metadata={
+        "help": "Name the records of a step whose loss is more than this many times the median of the (10 to 50) steps "
+                "before it."})
     # Trainer's default replaces a NaN loss by the average before it: a dead run would look alive.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses (never wanted)."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "What tokens/s counts."})

@@ -1,9 +1,12 @@
 """Folders that programs read from and write to: what is wrong with them is known before anything is loaded."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
+
+import xxhash
 
 from mechanisms.errors import UserError, first_line
 
@@ -27,6 +30,21 @@ def check_disk(flag, folder, size):
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(f"{flag}: {size / 1e9:.1f} GB are needed there, and {free / 1e9:.1f} GB are free")
+
+
+def digest_of(path):
+    """Hex digest of a file: it shows damage, and is no defence against forgery. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def flush(path):
+    """Have the system write a file or folder to its disk: it is there after a loss of power. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checkpoints_in(output_dir):

@@ -1,19 +1,21 @@
-"""Trainer whose checkpoints are complete or recognisable as not, and which stops when the loss is no number."""
+"""Trainer whose checkpoints are complete or recognisable as not, and which stops at numbers that are not finite."""
 
 import contextlib
+import itertools
 import math
 import os
 import time
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from mechanisms.checkpoints import write_manifest
 from mechanisms.console import say
-from mechanisms.errors import UserError
+from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, all_finite, lost_where_not_finite
 from mechanisms.head_loss import HeadLoss, output_linear
 
 
@@ -53,6 +55,10 @@ class SafeTrainer(Trainer):
     def __init__(self, *args, run, card, **kwargs):
         super().__init__(*args, **kwargs)
         self.run, self.card = run, card
+        self.data_collator = CollateNumbered(self.data_collator)
+        self.step_batches = []  # of the step being made: (numbers of the items, loss) of each batch
+        self.skipped_steps = 0  # by the loss scaler of fp16
+        self.spikes = SpikeWatch(self.args.loss_spike_factor) if self.args.loss_spike_factor else None
         self.head_loss = None
         if output_linear(self.model):
             self.head_loss = HeadLoss(self.model, self.args.label_smoothing_factor)
@@ -69,7 +75,70 @@ class SafeTrainer(Trainer):
         if not model.training:
             num_items_in_batch = None  # in evaluation too Trainer counts those of all ranks; the mean is of this row
         with self.head_loss.computing(inputs["shift_labels"]) if self.head_loss else contextlib.nullcontext():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            lost_where_not_finite(loss)
+        return loss
+
+    def get_train_dataloader(self):
+        return self._get_dataloader(
+            Numbered(self.train_dataset), "Training", self._train_batch_size, lambda _: self._get_train_sampler(),
+            is_training=True)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = dict(inputs)
+        numbers = inputs.pop("numbers")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_batches.append((numbers, loss))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer calls this before it makes a step. DeepSpeed has made it by now, or not if the norm is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        batches, self.step_batches = self.step_batches, []
+        if norm is None:  # a DeepSpeed config may do without
+            norm = math.inf if self.accelerator.optimizer_step_was_skipped else 0.0
+        if not 0 <= float(norm) < math.inf:
+            self._stop_or_skip(float(norm), batches)
+        elif self.spikes:
+            loss = self.accelerator.reduce(sum(loss for _, loss in batches), "mean").item()
+            if self.spikes.is_spike(loss):
+                places = [places for _, places in sorted(self._of_all_ranks(batches), key=lambda batch: -batch[0])]
+                self.spikes.report(self.state.global_step + 1, loss, list(itertools.chain.from_iterable(places)))
+        return norm
+
+    def _stop_or_skip(self, norm, batches):
+        """A step whose gradient is not finite: the loss scaler of fp16 skips it where it can help; else NotFinite."""
+        found = self._of_all_ranks(batches)
+        lost = [batch for batch in found if not math.isfinite(batch[0])]
+        if not lost and self._scales_the_loss():
+            self.skipped_steps += 1
+            return
+        what = f"the loss is not a number any more ({lost[0][0]})" if lost else \
+            f"the gradient norm is not a number any more ({norm})"
+        raise NotFinite(what, self.state.global_step + 1, self._get_learning_rate(),
+                        [place for _, places in lost or found for place in places])
+
+    def _of_all_ranks(self, batches):
+        """(loss, places of the records) of every batch of the step on every rank; of each (numbers, loss) here."""
+        mine = [(loss.item(), [place for number in numbers for place in self.train_dataset.places(number)])
+                for numbers, loss in batches]
+        return gather_object(mine)
+
+    def _scales_the_loss(self):
+        """Whether fp16's scaler can still come down: below 1 its scale is not what makes the gradients too large."""
+        if self.is_deepspeed_enabled:
+            return self.deepspeed.fp16_enabled()  # it stops by itself
+        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
+
+    def _check_weights(self):
+        """Raises NotFinite, on all ranks, if a trained weight or a number of the optimizer is not finite on any."""
+        weights = [getattr(weight, "ds_tensor", weight) for weight in self.model.parameters() if weight.requires_grad]
+        numbers = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*weights, *filter(torch.is_tensor, numbers)]
+        lost = torch.tensor(not all_finite(tensors), dtype=torch.int32, device=self.args.device)
+        if self.accelerator.reduce(lost).item():
+            raise NotFinite("the weights are not numbers any more", self.state.global_step, self._get_learning_rate())
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The loss is the mean over all predicted tokens, however the samples fall into batches and onto ranks."""
@@ -77,6 +146,9 @@ class SafeTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss in evaluation is not a number ({loss})", self.state.global_step,
+                            self._get_learning_rate())
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -106,8 +178,7 @@ class SafeTrainer(Trainer):
                 file.write(self.card)
 
     def _save_checkpoint(self, model, trial):
-        if not torch.isfinite(self._tr_loss).all():
-            raise lost_loss(self.state.global_step)
+        self._check_weights()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)  # must not delete the last one before this one is complete
         self.args.save_total_limit = limit
@@ -116,13 +187,9 @@ class SafeTrainer(Trainer):
             write_manifest(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self.run)
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
-    def log(self, logs, start_time=None):
-        super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise lost_loss(self.state.global_step)
-
     def save_result(self):
         """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""
+        self._check_weights()
         unfinished = os.path.join(self.args.output_dir, "result.unfinished")
         self.save_model(unfinished)
         self.accelerator.wait_for_everyone()
@@ -131,11 +198,6 @@ class SafeTrainer(Trainer):
             for name in names:  # the config last: a folder without one does not pass for a model
                 os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
             os.rmdir(unfinished)
-
-
-def lost_loss(step):
-    return UserError(f"the loss is not a number any more at step {step}; the checkpoints before it are whole. Usual "
-                     "causes: a learning rate too high for this model, or --fp16 where only --bf16 has the range.")
 
 
 def _duration(seconds):
