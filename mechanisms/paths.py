@@ -1,5 +1,6 @@
 """Folders that programs read from and write to: what is wrong with them is known before anything is loaded."""
 
+import errno
 import hashlib
 import json
 import os
@@ -43,8 +44,23 @@ def flush(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot do that for a folder
+            raise
     finally:
         os.close(descriptor)
+
+
+def usual_mode():
+    """The mode of a new file, as the umask of this process has it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def size_of(folder):
+    """Bytes of all files in a folder."""
+    return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names)
 
 
 def checkpoints_in(output_dir):

@@ -1,22 +1,29 @@
 """Trainer whose checkpoints are complete or recognisable as not, and which stops at numbers that are not finite."""
 
 import contextlib
+import errno
 import itertools
 import math
 import os
+import shutil
 import time
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
-from mechanisms.checkpoints import write_manifest
+from mechanisms import checkpoints
 from mechanisms.console import say
+from mechanisms.errors import UserError, first_line
 from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, all_finite, lost_where_not_finite
 from mechanisms.head_loss import HeadLoss, output_linear
+from mechanisms.lock import check_still_mine
+from mechanisms.paths import checkpoints_in, flush, size_of
+from mechanisms.summary import parameter_count
 
 
 class FullBatches(torch.utils.data.Dataset):
@@ -58,6 +65,10 @@ class SafeTrainer(Trainer):
         self.data_collator = CollateNumbered(self.data_collator)
         self.step_batches = []  # of the step being made: (numbers of the items, loss) of each batch
         self.skipped_steps = 0  # by the loss scaler of fp16
+        self.failure = self.saved_step = None  # why this rank could not write; the step of the newest checkpoint
+        # Trainer would delete by number and age alone, and before the new one is complete.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._check_room()
         self.spikes = SpikeWatch(self.args.loss_spike_factor) if self.args.loss_spike_factor else None
         self.head_loss = None
         if output_linear(self.model):
@@ -131,6 +142,20 @@ class SafeTrainer(Trainer):
             return self.deepspeed.fp16_enabled()  # it stops by itself
         return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
 
+    def _check_room(self):
+        """Raises UserError if the result, or one checkpoint beside it, does not fit on the disk by a rough estimate."""
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        saved = trained if self.args.use_lora else self.model.parameters()
+        result = sum(parameter_count(weight) * weight.element_size() for weight in saved)
+        fp32_copies = 3 if self.is_deepspeed_enabled else 2  # Adam's two, and DeepSpeed's own of the weights
+        states = 0 if self.args.save_only_model else sum(map(parameter_count, trained)) * 4 * fp32_copies
+        self.checkpoint_size = result + states
+        kept = self.args.save_strategy != "no"
+        failure = self._failure_of_any(lambda: _need(self.args.output_dir, result + kept * self.checkpoint_size))
+        if failure:
+            raise UserError(f"the disk is too full to begin: {failure}; a checkpoint takes "
+                            f"{self.checkpoint_size / 1e9:.2g} GB, the result {result / 1e9:.2g} GB")
+
     def _check_weights(self):
         """Raises NotFinite, on all ranks, if a trained weight or a number of the optimizer is not finite on any."""
         weights = [getattr(weight, "ds_tensor", weight) for weight in self.model.parameters() if weight.requires_grad]
@@ -169,35 +194,152 @@ class SafeTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    # What a rank cannot write must not keep it from what all ranks do together: it is remembered, and all are told.
+
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        """Trainer's, but for training_args.bin, a pickle with --hub_token in it that nothing reads."""
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with self._remembering_failure():
+            os.makedirs(output_dir, exist_ok=True)
+            model.save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
             # An adapter folder gets neither from transformers: chat programs look for both there.
-            self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(output_dir)
+            model.generation_config.save_pretrained(output_dir)
             with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
                 file.write(self.card)
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        # DeepSpeed's ranks wait for each other while they write: one that fails there has to end the run.
+        with contextlib.nullcontext() if self.is_deepspeed_enabled else self._remembering_failure():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir):
+        with self._remembering_failure():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir):
+        with self._remembering_failure():
+            super()._save_rng_state(output_dir)
+
+    @contextlib.contextmanager
+    def _remembering_failure(self):
+        try:
+            yield
+        except Exception as error:
+            reason = why_not_written(error)
+            if not reason:
+                raise
+            self.failure = self.failure or reason
+
+    def _failure_of_any(self, function=None):
+        """What kept any rank from writing, or None; `function` is called first on the ranks that save. All wait."""
+        with self._remembering_failure():
+            if function and self.args.should_save and not self.failure:
+                function()
+        failures = list(filter(None, gather_object([self.failure])))
+        self.failure = None
+        return failures[0] if failures else None
+
     def _save_checkpoint(self, model, trial):
+        """A checkpoint is written whole, or not at all: that is said, and training goes on."""
+        step, out = self.state.global_step, self.args.output_dir
+        if self.saved_step == step:  # asked for twice at one step
+            return
         self._check_weights()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)  # must not delete the last one before this one is complete
-        self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self.run)
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+        check_still_mine(out)
+        folder = os.path.join(out, f"checkpoint-{step}")
+        failure = self._failure_of_any(lambda: self._make_room(folder))
+        if not failure:
+            try:
+                super()._save_checkpoint(model, trial)
+            except Exception as error:
+                self.failure = why_not_written(error)
+                if not self.failure:
+                    raise
+                if self.is_deepspeed_enabled:
+                    raise UserError(self._not_saved(folder, self.failure)) from error
+            failure = self._failure_of_any()
+        failure = failure or self._failure_of_any(lambda: self._complete(folder))
+        if failure:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            say(f"note: {self._not_saved(folder, failure)}. Training goes on")
+        else:
+            self.saved_step = step
+
+    def _make_room(self, folder):
+        """Before a checkpoint is written. Raises OSError if it does not fit on the disk."""
+        if os.path.lexists(folder):
+            checkpoints.remove(folder)
+        out, keep = self.args.output_dir, self.save_total_limit
+        if checkpoints.room_problem(out, self.checkpoint_size) and keep:
+            checkpoints.rotate(out, keep - 1, self.state.best_model_checkpoint)  # what is to go anyhow
+        _need(out, self.checkpoint_size)
+
+    def _complete(self, folder):
+        """After every rank has written. Raises OSError."""
+        checkpoints.write_manifest(folder, self.run, not self.args.save_only_model, self.args.world_size)
+        self.checkpoint_size = size_of(folder)
+        if self.save_total_limit:
+            checkpoints.rotate(self.args.output_dir, self.save_total_limit, self.state.best_model_checkpoint)
+
+    def _not_saved(self, folder, reason):
+        whole = [path for path in checkpoints_in(self.args.output_dir) if path != folder and checkpoints.is_whole(path)]
+        left = f"the newest complete one is {os.path.basename(whole[0])}" if whole else "there is none before it"
+        return f"{folder} is not saved: {reason}; {left}"
+
+    def _load_best_model(self):
+        problem = checkpoints.read_manifest(self.state.best_model_checkpoint, self.args.verify_checkpoint)
+        if isinstance(problem, str) and problem != checkpoints.ONLY_MODEL:
+            raise UserError(f"--load_best_model_at_end: {self.state.best_model_checkpoint} cannot be loaded: {problem}")
+        super()._load_best_model()
 
     def save_result(self):
         """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""
         self._check_weights()
-        unfinished = os.path.join(self.args.output_dir, "result.unfinished")
+        out = self.args.output_dir
+        check_still_mine(out)
+        unfinished = os.path.join(out, "result.unfinished")
+        failure = self._failure_of_any(lambda: shutil.rmtree(unfinished, ignore_errors=True))
         self.save_model(unfinished)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            names = sorted(os.listdir(unfinished), key=lambda name: name in ("config.json", "adapter_config.json"))
-            for name in names:  # the config last: a folder without one does not pass for a model
-                os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
-            os.rmdir(unfinished)
+        failure = failure or self._failure_of_any()
+        failure = failure or self._failure_of_any(lambda: self._take_over(unfinished))
+        if failure:
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(f"the result is not saved to {out}: {failure}. The same command goes on from the newest "
+                            "checkpoint and saves it again")
+
+    def _take_over(self, unfinished):
+        """The files of the saved result get their place in output_dir."""
+        self.state.save_to_json(os.path.join(unfinished, TRAINER_STATE_NAME))
+        checkpoints.settle(unfinished)
+        names = sorted(os.listdir(unfinished), key=lambda name: name in ("config.json", "adapter_config.json"))
+        for name in names:  # the config last: a folder without one does not pass for a model
+            os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
+        os.rmdir(unfinished)
+        flush(self.args.output_dir)
+
+
+def _need(folder, size):
+    problem = checkpoints.room_problem(folder, size)
+    if problem:
+        raise OSError(errno.ENOSPC, problem)
+
+
+def why_not_written(error):
+    """What kept a file from being written, or None if the exception is of another kind.
+
+    torch and tokenizers have none of their own: theirs are known by their words.
+    """
+    if isinstance(error, OSError | SafetensorError):
+        return error.strerror or str(error)
+    words = str(error)
+    if "PytorchStreamWriter failed writing" in words or "unexpected pos" in words or "(os error " in words:
+        return first_line(words)
+    return None
 
 
 def _duration(seconds):

@@ -157,7 +157,8 @@ def test_weights_that_the_last_step_lost_are_not_saved(train, tmp_path, monkeypa
 
 def test_a_lost_evaluation_is_no_result(train, records, poisoned, tmp_path):
     with pytest.raises(NotFinite, match=r"loss in evaluation is not a number \(nan\) at step 4"):
-        train("--save_strategy", "no", "--eval_data_path", records(3, rare=2, name="eval.jsonl"), model=poisoned, data=records(24))
+        train("--save_strategy", "no", "--eval_data_path", records(3, rare=2, name="eval.jsonl"), model=poisoned,
+              data=records(24))
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
