@@ -106,6 +106,9 @@ class TrainingArguments(transformers.TrainingArguments):
     verify_checkpoint: Literal["full", "sizes"] = field(default="full", metadata={
         "help": "How a checkpoint is verified before it is resumed: by reading all of it, or, where it is huge, by the "
                 "sizes of its files."})
+    trust_checkpoint: bool = field(default=False, metadata={
+        "help": "Let DeepSpeed's part of a checkpoint run the code that stands in it, as that of an optimizer of your "
+                "own; without it only numbers are loaded."})
     loss_spike_factor: float = field(default=None, metadata={
         "help": "Name the records of a step whose loss is more than this many times the median of the (10 to 50) steps "
                 "before it."})

@@ -12,11 +12,13 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
 import stat
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from mechanisms.errors import UserError
@@ -27,6 +29,7 @@ MORE_STEPS = "steps"  # the one fact of a run that may grow
 ABANDONED = "abandoned"  # folder in the output folder for what is not resumed from any more
 SMALL = 1 << 20  # bytes of a file whose digest is verified even where sizes are enough
 LARGEST_MANIFEST = 1 << 26
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # of the environment: torch.load runs no code, whatever it is told
 ONLY_MODEL = "it holds no optimizer (--save_only_model)"
 
 
@@ -181,6 +184,38 @@ def _digest(manifest):
 def _weights_are_finite(path):
     with safe_open(path, framework="pt") as file:
         return all_finite(file.get_tensor(name) for name in file.keys())
+
+
+def deepspeed_classes():
+    """What the pickles of a DeepSpeed checkpoint hold beside tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextlib.contextmanager
+def no_code_from_pickles(checkpoint, classes, trusted=False):
+    """While a checkpoint is loaded: its pickles give tensors, plain values and these classes, or a UserError.
+
+    DeepSpeed loads its files with weights_only=False, which runs whatever code stands in them. Can go when it does not
+    (https://github.com/deepspeedai/DeepSpeed/pull/6751 made it explicit). trusted: let it.
+    """
+    before = os.environ.get(WEIGHTS_ONLY)
+    if not trusted:
+        os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(classes):
+            yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|Unsupported global:|class|Unsupported class) ([\w.]+)", str(error))
+        raise UserError(
+            f"{checkpoint} cannot be loaded: its pickles hold more than numbers"
+            + f" ({found[1]})" * bool(found) + ", and code in them could do anything. Delete it, or, if it is your own "
+            "run's and the code is the optimizer's, give --trust_checkpoint") from error
+    finally:
+        os.environ.pop(WEIGHTS_ONLY, None) if before is None else os.environ.update({WEIGHTS_ONLY: before})
 
 
 def set_aside(output_dir, checkpoint):

@@ -23,10 +23,12 @@ def load_weights(path, **options):
 
     Raises UserError for such a folder, and LOADING_ERRORS as that does.
     """
-    quantization = getattr(options.get("config") or AutoConfig.from_pretrained(path), "quantization_config", None)
+    quantization = getattr(options.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=False),
+                           "quantization_config", None)
     if quantization and quantization.get("quant_method") == "gptq":
         import_gptqmodel()
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
+                                                       **options)
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -92,7 +94,7 @@ def load_config(path, cache_dir=None):
     if not os.path.isdir(path) and not could_be_on_the_hub(path):
         raise UserError(f"--model_name_or_path {path}: no such folder")
     try:
-        return AutoConfig.from_pretrained(path, cache_dir=cache_dir)
+        return AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = "holds no usable model" if os.path.isdir(path) else "is no folder here and cannot be had from the Hub"
         raise UserError(f"--model_name_or_path {path} {where}: {first_line(error)}") from error

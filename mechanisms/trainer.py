@@ -96,6 +96,13 @@ class SafeTrainer(Trainer):
             Numbered(self.train_dataset), "Training", self._train_batch_size, lambda _: self._get_train_sampler(),
             is_training=True)
 
+    def train(self, resume_from_checkpoint=None):
+        if resume_from_checkpoint is None:
+            return super().train()
+        classes = checkpoints.deepspeed_classes() if self.is_deepspeed_enabled else []
+        with checkpoints.no_code_from_pickles(resume_from_checkpoint, classes, self.args.trust_checkpoint):
+            return super().train(resume_from_checkpoint)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = dict(inputs)
         numbers = inputs.pop("numbers")

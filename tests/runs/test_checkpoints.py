@@ -378,3 +378,55 @@ def test_locks_of_the_dead_are_recognised(out, hold, monkeypatch, capsys):
             assert not taken, name
         assert ("another" in name and "its" not in name) == (time.monotonic() - start > 2), name
     assert "looking for 3 s whether the run of process" in capsys.readouterr().out
+
+
+# Nobody let in -------------------------------------------------------------------------------------------------------
+
+class Evil:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_in_a_strangers_checkpoint_is_one_line(train, out, finished, tmp_path, name):
+    shutil.copytree(finished, out)
+    folder = out / "checkpoint-4"
+    run = checkpoints.read_manifest(folder)
+    torch.save({"x": Evil(tmp_path / "ran")}, folder / name)
+    checkpoints.write_manifest(folder, run)
+    with pytest.raises(UserError, match=r"checkpoint-4 cannot be loaded: .* more than numbers \((posix|os)?.?mkdir\)"):
+        train("--resume_from_checkpoint", folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_deepspeeds_part_of_a_checkpoint_does_not_run(make_model, cache_dir, tmp_path):
+    out = tmp_path / "out"
+
+    def finetune_under_deepspeed(*flags):
+        return subprocess.run([
+            sys.executable, finetune.__file__, "--model_name_or_path", str(make_model()), "--data_path",
+            str(EXAMPLES / "data"), "--output_dir", str(out), "--cache_dir", str(cache_dir), "--max_steps", "2",
+            "--save_steps", "1", "--deepspeed", "ds_config_zero2.json", *flags], capture_output=True, text=True)
+
+    assert finetune_under_deepspeed().returncode == 0
+    weights = (out / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint-2")
+    [part] = (out / "checkpoint-1").rglob("*optim_states.pt")
+    again = finetune_under_deepspeed()  # what is there beside tensors is known
+    assert again.returncode == 0 and f"Resuming from {out}/checkpoint-1" in again.stdout, again.stderr
+    assert (out / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(out / "checkpoint-2")
+    run = checkpoints.read_manifest(out / "checkpoint-1")
+    state = torch.load(part, weights_only=False)
+    torch.save({**state, "x": Evil(tmp_path / "ran")}, part)
+    checkpoints.write_manifest(out / "checkpoint-1", run)
+    refused = finetune_under_deepspeed()
+    assert refused.returncode == 2 and not (tmp_path / "ran").exists() and "Traceback" not in refused.stderr
+    assert "its pickles hold more than numbers" in refused.stderr and "--trust_checkpoint" in refused.stderr
+    trusted = finetune_under_deepspeed("--trust_checkpoint", "True")
+    assert trusted.returncode == 0 and (tmp_path / "ran").exists()
