@@ -235,10 +235,9 @@ class SafeTrainer(Trainer):
         try:
             yield
         except Exception as error:
-            reason = why_not_written(error)
-            if not reason:
+            self.failure = self.failure or why_not_written(error)  # what fails after it may fail because of it
+            if not self.failure:
                 raise
-            self.failure = self.failure or reason
 
     def _failure_of_any(self, function=None):
         """What kept any rank from writing, or None; `function` is called first on the ranks that save. All wait."""
@@ -262,7 +261,7 @@ class SafeTrainer(Trainer):
             try:
                 super()._save_checkpoint(model, trial)
             except Exception as error:
-                self.failure = why_not_written(error)
+                self.failure = self.failure or why_not_written(error)
                 if not self.failure:
                     raise
                 if self.is_deepspeed_enabled:
