@@ -23,6 +23,7 @@ from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, 
 from mechanisms.head_loss import HeadLoss, output_linear
 from mechanisms.lock import check_still_mine
 from mechanisms.paths import checkpoints_in, flush, size_of
+from mechanisms.strategies import by_first_rank
 from mechanisms.summary import parameter_count
 
 
@@ -254,7 +255,7 @@ class SafeTrainer(Trainer):
         if self.saved_step == step:  # asked for twice at one step
             return
         self._check_weights()
-        check_still_mine(out)
+        by_first_rank(lambda: check_still_mine(out))
         folder = os.path.join(out, f"checkpoint-{step}")
         failure = self._failure_of_any(lambda: self._make_room(folder))
         if not failure:
@@ -306,7 +307,7 @@ class SafeTrainer(Trainer):
         """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""
         self._check_weights()
         out = self.args.output_dir
-        check_still_mine(out)
+        by_first_rank(lambda: check_still_mine(out))
         unfinished = os.path.join(out, "result.unfinished")
         failure = self._failure_of_any(lambda: shutil.rmtree(unfinished, ignore_errors=True))
         self.save_model(unfinished)
