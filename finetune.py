@@ -34,7 +34,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mechanisms import checkpoints, console, facts, strategies, summary
+from mechanisms import checkpoints, console, dry_run, facts, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, load_dataset, split
@@ -106,6 +106,8 @@ class TrainingArguments(transformers.TrainingArguments):
     verify_checkpoint: Literal["full", "sizes"] = field(default="full", metadata={
         "help": "How a checkpoint is verified before it is resumed: by reading all of it, or, where it is huge, by the "
                 "sizes of its files."})
+    dry_run: bool = field(default=False, metadata={
+        "help": "Check everything, tokenize, train one step on the longest rows, save, verify and load that, and end."})
     trust_checkpoint: bool = field(default=False, metadata={
         "help": "Let DeepSpeed's part of a checkpoint run the code that stands in it, as that of an optimizer of your "
                 "own; without it only numbers are loaded."})
@@ -385,7 +387,10 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def train(argv):
-    """The whole run, from the words of its command line. Returns the Trainer when it is done. Raises UserError."""
+    """The whole run, from the words of its command line. Returns the Trainer when it is done (None after --dry_run).
+
+    Raises UserError.
+    """
     argv = prepare_command_line(__file__, argv)
     strategies.set_environment(argv)
     arguments = parse_arguments(argv)
@@ -412,8 +417,9 @@ def run(model_args, data_args, training_args, lora_args):
     if checkpoint:
         notes = checkpoints.check_same_run(checkpoint, run_facts, facts.default_values(arguments))
         say(*[f"note: {note}" for note in notes], f"Resuming from {checkpoint}")
-    moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
-    say(*[f"note: {line}" for line in moved])
+    if not training_args.dry_run:
+        moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
+        say(*[f"note: {line}" for line in moved])
 
     transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
     model = load_model(model_args, training_args, lora_args, config, tokenizer)
@@ -429,10 +435,14 @@ def run(model_args, data_args, training_args, lora_args):
         model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
     say(*summary.before_training(model, training_args, lora_args, train_dataset))
 
+    if training_args.dry_run:
+        train_dataset, eval_dataset = dry_run.shorten(training_args, train_dataset, eval_dataset)
     trainer = SafeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
         card=summary.model_card(arguments, facts.settings(arguments)))
+    if training_args.dry_run:
+        return dry_run.prove(trainer, eval_dataset)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = trainer.evaluate() if eval_dataset else {}
     trainer.save_result()

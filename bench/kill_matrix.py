@@ -288,7 +288,8 @@ def disturb(runs, kind, number, count, variant, out, log):
     if kind in ("killed", "killed, half written", "power loss", "disk full"):
         at = 1 + int(share * events * (1 if disturbed_rank == 0 else 0.1))  # other ranks write few files
         code = runs.run(out, variant, log, on_its_rank(Disturbance(out, kind, at).arm))
-        return None if code not in (None, 1) and "Traceback" not in log.read_text() else f"ended with {code}"
+        clean = code == -signal.SIGKILL or code in (0, 2) and "Traceback" not in log.read_text()
+        return None if clean else f"ended with {code}"
     if kind == "not finite":
         step = (4, STEPS, 3)[number % 3]
         code = runs.run(out, variant, log, on_its_rank(lambda: lose_gradient_at(step)))

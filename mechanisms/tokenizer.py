@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
+from mechanisms.limits import limited
 
 QWEN_CHATML = (
     "{% for message in messages %}"
@@ -32,6 +33,7 @@ def load_tokenizer(path, cache_dir=None):
         say(f"note: the tokenizer in {path} has no chat template; it gets Qwen's ChatML")
     if "<|im_end|>" in tokenizer.get_added_vocab():
         tokenizer.eos_token = "<|im_end|>"  # base models come with <|endoftext|>, which no turn ends with
+    tokenizer.apply_chat_template = limited(tokenizer.apply_chat_template, path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_added_vocab() else tokenizer.eos_token
     return tokenizer

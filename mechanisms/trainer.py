@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -103,6 +104,17 @@ class SafeTrainer(Trainer):
         classes = checkpoints.deepspeed_classes() if self.is_deepspeed_enabled else []
         with checkpoints.no_code_from_pickles(resume_from_checkpoint, classes, self.args.trust_checkpoint):
             return super().train(resume_from_checkpoint)
+
+    def load_again(self, checkpoint):
+        """Load a checkpoint into the model and optimizer that are there. Raises UserError."""
+        classes = checkpoints.deepspeed_classes() if self.is_deepspeed_enabled else []
+        with checkpoints.no_code_from_pickles(checkpoint, classes, self.args.trust_checkpoint):
+            if self.is_deepspeed_enabled:
+                deepspeed_load_checkpoint(self.model_wrapped, checkpoint, load_module_strict=not self.args.use_lora)
+            else:
+                self._load_from_checkpoint(checkpoint)
+            self._load_optimizer_and_scheduler(checkpoint)
+            self._load_rng_state(checkpoint)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = dict(inputs)

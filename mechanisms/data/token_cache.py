@@ -172,7 +172,8 @@ def _read_manifest(folder):
         with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
             manifest = json.load(file)
         digest = manifest.pop("digest")
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, FileNotFoundError) as error:
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, FileNotFoundError,
+            IsADirectoryError) as error:
         raise DamagedCache(f"{REPORT} is damaged or missing") from error
     if digest != _digest(manifest):
         raise DamagedCache(f"{REPORT} is not as it was written")
@@ -191,10 +192,11 @@ def _try_lock(file):
 def _remove_stale(root):
     """Remove what killed processes left in the cache: nobody holds the lock on it."""
     for unfinished in glob.glob(os.path.join(glob.escape(root), f"tokens-*{UNFINISHED}")):
-        try:
-            with open(os.path.join(unfinished, IDS), "ab") as file:
-                stale = _try_lock(file)
-        except OSError:  # killed before, or made right now
-            stale = time.time() - os.path.getmtime(unfinished) > 60
-        if stale:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another run may be faster
+            try:
+                with open(os.path.join(unfinished, IDS), "r+b") as file:
+                    stale = _try_lock(file)
+            except OSError:  # killed before, or made right now
+                stale = time.time() - os.path.getmtime(unfinished) > 60
+            if stale:
+                shutil.rmtree(unfinished, ignore_errors=True)
