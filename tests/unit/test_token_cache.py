@@ -146,7 +146,7 @@ def test_a_cache_folder_that_cannot_be_used_is_one_line(load, make_model, tmp_pa
         load_dataset(FILES, encoder, str(cache))
         monkeypatch.setattr(token_cache, "_read_manifest",
                             lambda folder: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(UserError, match="cache of tokens .* cannot be used: .* another folder with --cache_dir") as error:
+    with pytest.raises(UserError, match="tokens .* cannot be used: .* another folder with --cache_dir") as error:
         load_dataset(FILES, encoder, str(cache))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*.unfinished"))
