@@ -42,7 +42,7 @@ from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import first_line
 from mechanisms.gptq import gptqmodel_hidden
-from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, peft_name
+from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code, peft_name
 from mechanisms.lock import only_run_in
 from mechanisms.memory import checkpointing_needed
 from mechanisms.qwen1 import convert_if_qwen1
@@ -351,8 +351,9 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
 
     keeps_own_fp32 = training_args.deepspeed is not None  # and cannot mix fp32 adapters with 16-bit layers
     if lora_args.lora_weight_path:
-        model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
-                                          autocast_adapter_dtype=not keeps_own_fp32)
+        with no_code(lora_args.lora_weight_path):
+            model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
+                                              autocast_adapter_dtype=not keeps_own_fp32)
     else:
         embeddings = lora_args.lora_embeddings
         if embeddings == "auto":

@@ -1,7 +1,9 @@
 """A model folder or an adapter folder -> a config, weights, a model that answers; or one clear sentence why not."""
 
+import contextlib
 import dataclasses
 import os
+import pickle
 import warnings
 
 import torch
@@ -18,6 +20,16 @@ from mechanisms.tokenizer import end_at_turns, load_tokenizer
 LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError
 
 
+@contextlib.contextmanager
+def no_code(path):
+    """While weights are loaded: of a pickle (.bin) torch takes only numbers. What else it holds is a UserError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} cannot be loaded: it holds a pickle with more than weights in it, or a damaged one, and "
+                        "code in it could do anything. Look for .safetensors files") from error
+
+
 def load_weights(path, **options):
     """`AutoModelForCausalLM.from_pretrained`, but a checkpoint with missing weights is refused, not filled at random.
 
@@ -27,8 +39,9 @@ def load_weights(path, **options):
                            "quantization_config", None)
     if quantization and quantization.get("quant_method") == "gptq":
         import_gptqmodel()
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
-                                                       **options)
+    with no_code(path):
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
+                                                           **options)
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -79,7 +92,8 @@ def _put_on(model, base, path):
         warnings.simplefilter("ignore")  # peft warns of choices made in training, but one warning says something else:
         warnings.filterwarnings("error", "Found missing adapter keys")  # the adapter is of a model with fewer layers
         try:
-            return PeftModel.from_pretrained(model, path)
+            with no_code(path):
+                return PeftModel.from_pretrained(model, path)
         except (*LOADING_ERRORS, UserWarning) as error:
             reason = first_line(str(error).removeprefix("Error(s) in loading state_dict for PeftModelForCausalLM:"))
             raise UserError(f"the adapter {path} does not fit the model {base}: {reason[:300]}") from error
@@ -159,6 +173,9 @@ def _check_adapter(lora_args, names):
         adapter = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--lora_weight_path {path}: no usable adapter there: {first_line(error)}") from error
+    if adapter.peft_type != "LORA":
+        raise UserError(f"--lora_weight_path {path}: an adapter of the kind {adapter.peft_type}; only LoRA can be "
+                        "continued")
     targets = [] if isinstance(adapter.target_modules, str) else adapter.target_modules  # a str is a pattern
     missing = {name for name in targets if name.rpartition(".")[2] not in names}
     if missing:
