@@ -34,7 +34,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mechanisms import checkpoints, console, facts, strategies, summary
+from mechanisms import checkpoints, console, dry_run, facts, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, load_dataset, split
@@ -42,7 +42,8 @@ from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import first_line
 from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
-from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, peft_name
+from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code, peft_name
+from mechanisms.lock import only_run_in
 from mechanisms.memory import checkpointing_needed
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
@@ -133,6 +134,17 @@ class TrainingArguments(transformers.TrainingArguments):
         "help": "Unset: go on from the newest complete checkpoint in --output_dir, if any. True: there must be one. "
                 "False: start over, in a folder without results. Or the path of a checkpoint.",
         "metavar": "True|False|FOLDER", "exists": "checkpoint"})
+    verify_checkpoint: Literal["full", "sizes"] = field(default="full", metadata={
+        "help": "How a checkpoint is verified before it is resumed: by reading all of it, or, where it is huge, by the "
+                "sizes of its files."})
+    dry_run: bool = field(default=False, metadata={
+        "help": "Check everything, tokenize, train one step on the longest rows, save, verify and load that, and end."})
+    trust_checkpoint: bool = field(default=False, metadata={
+        "help": "Let DeepSpeed's part of a checkpoint run the code that stands in it, as that of an optimizer of your "
+                "own; without it only numbers are loaded."})
+    loss_spike_factor: float = field(default=None, metadata={
+        "help": "Name the records of a step whose loss is more than this many times the median of the (10 to 50) steps "
+                "before it."})
     # Trainer's default replaces a NaN loss by the average before it: a dead run would look alive.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses (never wanted).", "hidden": True})
@@ -366,8 +378,9 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
 
     keeps_own_fp32 = training_args.deepspeed is not None  # and cannot mix fp32 adapters with 16-bit layers
     if lora_args.lora_weight_path:
-        model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
-                                          autocast_adapter_dtype=not keeps_own_fp32)
+        with no_code(lora_args.lora_weight_path):
+            model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
+                                              autocast_adapter_dtype=not keeps_own_fp32)
     else:
         embeddings = lora_args.lora_embeddings
         if embeddings == "auto":
@@ -402,27 +415,40 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def train(argv):
-    """The whole run, from the words of its command line. Returns the Trainer when it is done. Raises UserError."""
+    """The whole run, from the words of its command line. Returns the Trainer when it is done (None after --dry_run).
+
+    Raises UserError.
+    """
     argv = prepare_command_line(__file__, argv)
     strategies.set_environment(argv)
-    arguments = model_args, data_args, training_args, lora_args = parse_arguments(argv)
+    arguments = parse_arguments(argv)
+    strategies.join_ranks(arguments[2])
+    with strategies.on_first_rank(only_run_in(arguments[2].output_dir)):
+        return run(*arguments)
+
+
+def run(model_args, data_args, training_args, lora_args):
+    """`train` from its arguments, alone in the output folder."""
+    arguments = model_args, data_args, training_args, lora_args
     if training_args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
-    checkpoint, notices = checkpoints.checkpoint_to_resume(
-        training_args.output_dir, training_args.resume_from_checkpoint)
+    checkpoint, notices = strategies.by_first_rank(lambda: checkpoints.checkpoint_to_resume(
+        training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
     notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
     notices += strategies.compilation_locks() if training_args.deepspeed else []
     say(*[f"note: {notice}" for notice in notices])
-    strategies.join_ranks(training_args)
     config, tokenizer = read_model_folder(model_args, training_args, lora_args)
     train_dataset, eval_dataset, reports = prepare_datasets(data_args, training_args, tokenizer)
     prompt_note = set_default_mode(tokenizer, reports["train"].modes)
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
-    run = facts.run_facts(arguments, train_dataset, config, tokenizer)
+    run_facts = facts.run_facts(arguments, train_dataset, config, tokenizer)
     if checkpoint:
-        notes = checkpoints.check_same_run(checkpoint, run, facts.default_values(arguments))
+        notes = checkpoints.check_same_run(checkpoint, run_facts, facts.default_values(arguments))
         say(*[f"note: {note}" for note in notes], f"Resuming from {checkpoint}")
+    if not training_args.dry_run:
+        moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
+        say(*[f"note: {line}" for line in moved])
 
     transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
     model = load_model(model_args, training_args, lora_args, config, tokenizer)
@@ -439,14 +465,17 @@ def train(argv):
         model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
     say(*summary.before_training(model, training_args, lora_args, train_dataset))
 
+    if training_args.dry_run:
+        train_dataset, eval_dataset = dry_run.shorten(training_args, train_dataset, eval_dataset)
     trainer = SafeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run,
+        data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
         card=summary.model_card(arguments, facts.settings(arguments), prompt_note))
+    if training_args.dry_run:
+        return dry_run.prove(trainer, eval_dataset)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = trainer.evaluate() if eval_dataset else {}
     trainer.save_result()
-    trainer.save_state()
     say(*summary.after_training(trainer, result, evaluated, prompt_note))
     return trainer
 

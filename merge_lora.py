@@ -118,7 +118,7 @@ def find_full_base(args):
     """The path of a base model that the adapter can be merged into. Raises UserError if its weights are quantized."""
     base = convert_if_qwen1(find_base(args.adapter_path, args.base_model))
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise UserError(f"the base model {base} cannot be read: {first_line(error)}. Say with --base_model where it "
                         "is") from error
@@ -245,7 +245,7 @@ def verify(folder, reference):
     if missing:
         raise UserError(f"files are missing: {', '.join(missing)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizer has no class of its own for a file it cannot read
         raise UserError(f"its tokenizer cannot be loaded: {first_line(error)}") from error
     prompts = render_questions(tokenizer)
@@ -255,7 +255,7 @@ def verify(folder, reference):
     if tokenizer_rules(tokenizer) != reference.rules or prompts != reference.prompts:
         raise UserError("its tokenizer makes other tokens than the adapter's")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     except LOADING_ERRORS as error:
         raise UserError(f"its weights cannot be read: {first_line(error)}") from error
     found = digests(model)

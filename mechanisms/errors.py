@@ -1,4 +1,4 @@
-"""How a mistake of the user ends a run: one clear message on stderr, exit code 2, no traceback."""
+"""How a mistake of the user ends a run: one clear message on stderr, exit code 2 (3: lost numbers), no traceback."""
 
 import contextlib
 import json
@@ -10,6 +10,8 @@ import time
 
 class UserError(Exception):
     """Something the user can put right. The message says what is wrong, where, and what to do."""
+
+    exit_code = 2
 
 
 def first_line(error):
@@ -50,7 +52,7 @@ def interrupts_end_at_once():
 
 @contextlib.contextmanager
 def user_errors_end_the_program():
-    """Wrap a script's main: a `UserError` is printed and exits with 2, Ctrl-C exits with 130.
+    """Wrap a script's main: a `UserError` is printed and exits with its code, Ctrl-C exits with 130.
 
     Every other exception keeps its traceback: it is our mistake, and the traceback is what we need to see. Of several
     processes on a machine, the first to fail speaks: the others fail because it did.
@@ -67,7 +69,7 @@ def user_errors_end_the_program():
         sys.stdout.flush()
         if first_to_fail(f"error: {error}"):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

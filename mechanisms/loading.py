@@ -1,7 +1,9 @@
 """A model folder or an adapter folder -> a config, weights, a model that answers; or one clear sentence why not."""
 
+import contextlib
 import dataclasses
 import os
+import pickle
 import warnings
 
 import torch
@@ -18,14 +20,26 @@ from mechanisms.tokenizer import end_at_turns, load_tokenizer
 LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError
 
 
+@contextlib.contextmanager
+def no_code(path):
+    """While weights are loaded: of a pickle (.bin) torch takes only numbers. What else it holds is a UserError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} cannot be loaded: it holds a pickle with more than weights in it, or a damaged one, "
+                        "and code in it could do anything. Look for .safetensors files") from error
+
+
 def load_weights(path, **options):
     """`AutoModelForCausalLM.from_pretrained`, but a checkpoint with missing weights is refused, not filled at random.
 
     Raises UserError for such a folder, and LOADING_ERRORS as that does.
     """
-    if is_gptq(options.get("config") or AutoConfig.from_pretrained(path)):
+    if is_gptq(options.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=False)):
         import_gptqmodel()
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    with no_code(path):
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
+                                                           **options)
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -75,7 +89,8 @@ def _put_on(model, base, path):
         warnings.simplefilter("ignore")  # peft warns of choices made in training, but one warning says something else:
         warnings.filterwarnings("error", "Found missing adapter keys")  # the adapter is of a model with fewer layers
         try:
-            return PeftModel.from_pretrained(model, path)
+            with no_code(path):
+                return PeftModel.from_pretrained(model, path)
         except (*LOADING_ERRORS, UserWarning) as error:
             reason = first_line(str(error).removeprefix("Error(s) in loading state_dict for PeftModelForCausalLM:"))
             raise UserError(f"the adapter {path} does not fit the model {base}: {reason[:300]}") from error
@@ -90,7 +105,7 @@ def load_config(path, cache_dir=None):
     if not os.path.isdir(path) and not could_be_on_the_hub(path):
         raise UserError(f"--model_name_or_path {path}: no such folder")
     try:
-        return AutoConfig.from_pretrained(path, cache_dir=cache_dir)
+        return AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = "holds no usable model" if os.path.isdir(path) else "is no folder here and cannot be had from the Hub"
         raise UserError(f"--model_name_or_path {path} {where}: {first_line(error)}") from error
@@ -155,6 +170,9 @@ def _check_adapter(lora_args, names):
         adapter = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--lora_weight_path {path}: no usable adapter there: {first_line(error)}") from error
+    if adapter.peft_type != "LORA":
+        raise UserError(f"--lora_weight_path {path}: an adapter of the kind {adapter.peft_type}; only LoRA can be "
+                        "continued")
     targets = [] if isinstance(adapter.target_modules, str) else adapter.target_modules  # a str is a pattern
     missing = {name for name in targets if name.rpartition(".")[2] not in names}
     if missing:

@@ -1,10 +1,14 @@
 """Folders that programs read from and write to: what is wrong with them is known before anything is loaded."""
 
+import errno
 import glob
+import hashlib
 import json
 import os
 import re
 import shutil
+
+import xxhash
 
 from mechanisms.errors import UserError, first_line
 
@@ -61,6 +65,36 @@ def check_disk(flag, folder, size):
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(f"{flag}: {size / 1e9:.1f} GB are needed there, and {free / 1e9:.1f} GB are free")
+
+
+def digest_of(path):
+    """Hex digest of a file: it shows damage, and is no defence against forgery. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def flush(path):
+    """Have the system write a file or folder to its disk: it is there after a loss of power. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot do that for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def usual_mode():
+    """The mode of a new file, as the umask of this process has it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def size_of(folder):
+    """Bytes of all files in a folder."""
+    return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names)
 
 
 def checkpoints_in(output_dir):

@@ -1,6 +1,7 @@
 """One process, DDP, ZeRO-2, ZeRO-3, FSDP: what each needs before the model is loaded, and what cannot work."""
 
 import argparse
+import contextlib
 import glob
 import os
 import socket
@@ -170,3 +171,28 @@ def leave_ranks():
     """At the end of a program: an interpreter that ends with open connections may abort, after all was done."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def on_first_rank(context):
+    """Enter a context on the first rank, while all are in this one; what entering raises there is raised on all."""
+    with contextlib.ExitStack() as stack:
+        by_first_rank(lambda: stack.enter_context(context) and None)
+        yield
+
+
+def by_first_rank(function):
+    """function() of the first rank, for all of them: files must not look different to another. What it raises, a
+    UserError or OSError, is raised on all."""
+    outcome = [None, None]
+    if int(os.environ.get("RANK", 0)) == 0:
+        try:
+            outcome[0] = function()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(outcome)
+    result, error = outcome
+    if error:
+        raise error
+    return result

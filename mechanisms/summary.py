@@ -77,6 +77,8 @@ def after_training(trainer, result, evaluated, prompt_note):
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     tokens = state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen  # of this run, not those before it
     rows = [("steps", state.global_step), ("loss, last logged", f"{losses[-1]:.4f}" if losses else "none")]
+    if trainer.skipped_steps:
+        rows.append(("steps skipped by fp16's loss scaler", trainer.skipped_steps))
     if "eval_loss" in evaluated:
         rows.append(("eval loss", f"{evaluated['eval_loss']:.4f}"))
     rows += [("tokens", tokens), ("tokens/s", f"{tokens / result.metrics['train_runtime']:,.0f}"),

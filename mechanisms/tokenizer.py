@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from mechanisms.console import say
 from mechanisms.data.template import ChatTemplate
 from mechanisms.errors import UserError, first_line
+from mechanisms.limits import limited
 
 # In front of a chat template: the mode of prompts that ask for none. (`enable_thinking` is the variable of Qwen's.)
 DEFAULT_MODE = "{{%- set enable_thinking = enable_thinking | default({}) -%}}\n"
@@ -35,6 +36,7 @@ def load_tokenizer(path, cache_dir=None):
         say(f"note: the tokenizer in {path} has no chat template; it gets Qwen's ChatML")
     if "<|im_end|>" in tokenizer.get_added_vocab():
         tokenizer.eos_token = "<|im_end|>"  # base models come with <|endoftext|>, which no turn ends with
+    tokenizer.apply_chat_template = limited(tokenizer.apply_chat_template, path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_added_vocab() else tokenizer.eos_token
     return tokenizer

@@ -1,20 +1,31 @@
-"""Trainer whose checkpoints are complete or recognisable as not, and which stops when the loss is no number."""
+"""Trainer whose checkpoints are complete or recognisable as not, and which stops at numbers that are not finite."""
 
 import contextlib
+import errno
+import itertools
 import math
 import os
+import shutil
 import time
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
-from mechanisms.checkpoints import write_manifest
+from mechanisms import checkpoints
 from mechanisms.console import say
-from mechanisms.errors import UserError
+from mechanisms.errors import UserError, first_line
+from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, all_finite, lost_where_not_finite
 from mechanisms.head_loss import HeadLoss, output_linear
+from mechanisms.lock import check_still_mine
+from mechanisms.paths import checkpoints_in, flush, size_of
+from mechanisms.strategies import by_first_rank
+from mechanisms.summary import parameter_count
 
 
 class FullBatches(torch.utils.data.Dataset):
@@ -53,6 +64,14 @@ class SafeTrainer(Trainer):
     def __init__(self, *args, run, card, **kwargs):
         super().__init__(*args, **kwargs)
         self.run, self.card = run, card
+        self.data_collator = CollateNumbered(self.data_collator)
+        self.step_batches = []  # of the step being made: (numbers of the items, loss) of each batch
+        self.skipped_steps = 0  # by the loss scaler of fp16
+        self.failure = self.saved_step = None  # why this rank could not write; the step of the newest checkpoint
+        # Trainer would delete by number and age alone, and before the new one is complete.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._check_room()
+        self.spikes = SpikeWatch(self.args.loss_spike_factor) if self.args.loss_spike_factor else None
         self.head_loss = None
         if output_linear(self.model):
             self.head_loss = HeadLoss(self.model, self.args.label_smoothing_factor)
@@ -69,7 +88,102 @@ class SafeTrainer(Trainer):
         if not model.training:
             num_items_in_batch = None  # in evaluation too Trainer counts those of all ranks; the mean is of this row
         with self.head_loss.computing(inputs["shift_labels"]) if self.head_loss else contextlib.nullcontext():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            lost_where_not_finite(loss)
+        return loss
+
+    def get_train_dataloader(self):
+        return self._get_dataloader(
+            Numbered(self.train_dataset), "Training", self._train_batch_size, lambda _: self._get_train_sampler(),
+            is_training=True)
+
+    def train(self, resume_from_checkpoint=None):
+        if resume_from_checkpoint is None:
+            return super().train()
+        classes = checkpoints.deepspeed_classes() if self.is_deepspeed_enabled else []
+        with checkpoints.no_code_from_pickles(resume_from_checkpoint, classes, self.args.trust_checkpoint):
+            return super().train(resume_from_checkpoint)
+
+    def load_again(self, checkpoint):
+        """Load a checkpoint into the model and optimizer that are there. Raises UserError."""
+        classes = checkpoints.deepspeed_classes() if self.is_deepspeed_enabled else []
+        with checkpoints.no_code_from_pickles(checkpoint, classes, self.args.trust_checkpoint):
+            if self.is_deepspeed_enabled:
+                deepspeed_load_checkpoint(self.model_wrapped, checkpoint, load_module_strict=not self.args.use_lora)
+            else:
+                self._load_from_checkpoint(checkpoint)
+            self._load_optimizer_and_scheduler(checkpoint)
+            self._load_rng_state(checkpoint)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = dict(inputs)
+        numbers = inputs.pop("numbers")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_batches.append((numbers, loss))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer calls this before it makes a step. DeepSpeed has made it by now, or not if the norm is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        batches, self.step_batches = self.step_batches, []
+        if norm is None:  # a DeepSpeed config may do without
+            norm = math.inf if self.accelerator.optimizer_step_was_skipped else 0.0
+        if not 0 <= float(norm) < math.inf:
+            self._stop_or_skip(float(norm), batches)
+        elif self.spikes:
+            loss = self.accelerator.reduce(sum(loss for _, loss in batches), "mean").item()
+            if self.spikes.is_spike(loss):
+                places = [places for _, places in sorted(self._of_all_ranks(batches), key=lambda batch: -batch[0])]
+                self.spikes.report(self.state.global_step + 1, loss, list(itertools.chain.from_iterable(places)))
+        return norm
+
+    def _stop_or_skip(self, norm, batches):
+        """A step whose gradient is not finite: the loss scaler of fp16 skips it where it can help; else NotFinite."""
+        found = self._of_all_ranks(batches)
+        lost = [batch for batch in found if not math.isfinite(batch[0])]
+        if not lost and self._scales_the_loss():
+            self.skipped_steps += 1
+            return
+        what = f"the loss is not a number any more ({lost[0][0]})" if lost else \
+            f"the gradient norm is not a number any more ({norm})"
+        raise NotFinite(what, self.state.global_step + 1, self._get_learning_rate(),
+                        [place for _, places in lost or found for place in places])
+
+    def _of_all_ranks(self, batches):
+        """(loss, places of the records) of every batch of the step on every rank; of each (numbers, loss) here."""
+        mine = [(loss.item(), [place for number in numbers for place in self.train_dataset.places(number)])
+                for numbers, loss in batches]
+        return gather_object(mine)
+
+    def _scales_the_loss(self):
+        """Whether fp16's scaler can still come down: below 1 its scale is not what makes the gradients too large."""
+        if self.is_deepspeed_enabled:
+            return self.deepspeed.fp16_enabled()  # it stops by itself
+        return self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() >= 1
+
+    def _check_room(self):
+        """Raises UserError if the result, or one checkpoint beside it, does not fit on the disk by a rough estimate."""
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        saved = trained if self.args.use_lora else self.model.parameters()
+        result = sum(parameter_count(weight) * weight.element_size() for weight in saved)
+        fp32_copies = 3 if self.is_deepspeed_enabled else 2  # Adam's two, and DeepSpeed's own of the weights
+        states = 0 if self.args.save_only_model else sum(map(parameter_count, trained)) * 4 * fp32_copies
+        self.checkpoint_size = result + states
+        kept = self.args.save_strategy != "no"
+        failure = self._failure_of_any(lambda: _need(self.args.output_dir, result + kept * self.checkpoint_size))
+        if failure:
+            raise UserError(f"the disk is too full to begin: {failure}; a checkpoint takes "
+                            f"{self.checkpoint_size / 1e9:.2g} GB, the result {result / 1e9:.2g} GB")
+
+    def _check_weights(self):
+        """Raises NotFinite, on all ranks, if a trained weight or a number of the optimizer is not finite on any."""
+        weights = [getattr(weight, "ds_tensor", weight) for weight in self.model.parameters() if weight.requires_grad]
+        numbers = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*weights, *filter(torch.is_tensor, numbers)]
+        lost = torch.tensor(not all_finite(tensors), dtype=torch.int32, device=self.args.device)
+        if self.accelerator.reduce(lost).item():
+            raise NotFinite("the weights are not numbers any more", self.state.global_step, self._get_learning_rate())
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The loss is the mean over all predicted tokens, however the samples fall into batches and onto ranks."""
@@ -77,6 +191,9 @@ class SafeTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss in evaluation is not a number ({loss})", self.state.global_step,
+                            self._get_learning_rate())
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -97,46 +214,151 @@ class SafeTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
+    # What a rank cannot write must not keep it from what all ranks do together: it is remembered, and all are told.
+
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        """Trainer's, but for training_args.bin, a pickle with --hub_token in it that nothing reads."""
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with self._remembering_failure():
+            os.makedirs(output_dir, exist_ok=True)
+            model.save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
             # An adapter folder gets neither from transformers: chat programs look for both there.
-            self.accelerator.unwrap_model(self.model).generation_config.save_pretrained(output_dir)
+            model.generation_config.save_pretrained(output_dir)
             with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
                 file.write(self.card)
 
-    def _save_checkpoint(self, model, trial):
-        if not torch.isfinite(self._tr_loss).all():
-            raise lost_loss(self.state.global_step)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)  # must not delete the last one before this one is complete
-        self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"), self.run,
-                           resumable=not self.args.save_only_model)
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+    def _save_optimizer_and_scheduler(self, output_dir):
+        # DeepSpeed's ranks wait for each other while they write: one that fails there has to end the run.
+        with contextlib.nullcontext() if self.is_deepspeed_enabled else self._remembering_failure():
+            super()._save_optimizer_and_scheduler(output_dir)
 
-    def log(self, logs, start_time=None):
-        super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise lost_loss(self.state.global_step)
+    def _save_scaler(self, output_dir):
+        with self._remembering_failure():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir):
+        with self._remembering_failure():
+            super()._save_rng_state(output_dir)
+
+    @contextlib.contextmanager
+    def _remembering_failure(self):
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or why_not_written(error)  # what fails after it may fail because of it
+            if not self.failure:
+                raise
+
+    def _failure_of_any(self, function=None):
+        """What kept any rank from writing, or None; `function` is called first on the ranks that save. All wait."""
+        with self._remembering_failure():
+            if function and self.args.should_save and not self.failure:
+                function()
+        failures = list(filter(None, gather_object([self.failure])))
+        self.failure = None
+        return failures[0] if failures else None
+
+    def _save_checkpoint(self, model, trial):
+        """A checkpoint is written whole, or not at all: that is said, and training goes on."""
+        step, out = self.state.global_step, self.args.output_dir
+        if self.saved_step == step:  # asked for twice at one step
+            return
+        self._check_weights()
+        by_first_rank(lambda: check_still_mine(out))
+        folder = os.path.join(out, f"checkpoint-{step}")
+        failure = self._failure_of_any(lambda: self._make_room(folder))
+        if not failure:
+            try:
+                super()._save_checkpoint(model, trial)
+            except Exception as error:
+                self.failure = self.failure or why_not_written(error)
+                if not self.failure:
+                    raise
+                if self.is_deepspeed_enabled:
+                    raise UserError(self._not_saved(folder, self.failure)) from error
+            failure = self._failure_of_any()
+        failure = failure or self._failure_of_any(lambda: self._complete(folder))
+        if failure:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            say(f"note: {self._not_saved(folder, failure)}. Training goes on")
+        else:
+            self.saved_step = step
+
+    def _make_room(self, folder):
+        """Before a checkpoint is written. Raises OSError if it does not fit on the disk."""
+        if os.path.lexists(folder):
+            checkpoints.remove(folder)
+        out, keep = self.args.output_dir, self.save_total_limit
+        if checkpoints.room_problem(out, self.checkpoint_size) and keep:
+            checkpoints.rotate(out, keep - 1, self.state.best_model_checkpoint)  # what is to go anyhow
+        _need(out, self.checkpoint_size)
+
+    def _complete(self, folder):
+        """After every rank has written. Raises OSError."""
+        checkpoints.write_manifest(folder, self.run, not self.args.save_only_model, self.args.world_size)
+        self.checkpoint_size = size_of(folder)
+        if self.save_total_limit:
+            checkpoints.rotate(self.args.output_dir, self.save_total_limit, self.state.best_model_checkpoint)
+
+    def _not_saved(self, folder, reason):
+        whole = [path for path in checkpoints_in(self.args.output_dir) if path != folder and checkpoints.is_whole(path)]
+        left = f"the newest complete one is {os.path.basename(whole[0])}" if whole else "there is none before it"
+        return f"{folder} is not saved: {reason}; {left}"
+
+    def _load_best_model(self):
+        problem = checkpoints.read_manifest(self.state.best_model_checkpoint, self.args.verify_checkpoint)
+        if isinstance(problem, str) and problem != checkpoints.ONLY_MODEL:
+            raise UserError(f"--load_best_model_at_end: {self.state.best_model_checkpoint} cannot be loaded: {problem}")
+        super()._load_best_model()
 
     def save_result(self):
         """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""
-        unfinished = os.path.join(self.args.output_dir, "result.unfinished")
+        self._check_weights()
+        out = self.args.output_dir
+        by_first_rank(lambda: check_still_mine(out))
+        unfinished = os.path.join(out, "result.unfinished")
+        failure = self._failure_of_any(lambda: shutil.rmtree(unfinished, ignore_errors=True))
         self.save_model(unfinished)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            names = sorted(os.listdir(unfinished), key=lambda name: name in ("config.json", "adapter_config.json"))
-            for name in names:  # the config last: a folder without one does not pass for a model
-                os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
-            os.rmdir(unfinished)
+        failure = failure or self._failure_of_any()
+        failure = failure or self._failure_of_any(lambda: self._take_over(unfinished))
+        if failure:
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(f"the result is not saved to {out}: {failure}. The same command goes on from the newest "
+                            "checkpoint and saves it again")
+
+    def _take_over(self, unfinished):
+        """The files of the saved result get their place in output_dir."""
+        self.state.save_to_json(os.path.join(unfinished, TRAINER_STATE_NAME))
+        checkpoints.settle(unfinished)
+        names = sorted(os.listdir(unfinished), key=lambda name: name in ("config.json", "adapter_config.json"))
+        for name in names:  # the config last: a folder without one does not pass for a model
+            os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
+        os.rmdir(unfinished)
+        flush(self.args.output_dir)
 
 
-def lost_loss(step):
-    return UserError(f"the loss is not a number any more at step {step}; the checkpoints before it are whole. Usual "
-                     "causes: a learning rate too high for this model, or --fp16 where only --bf16 has the range.")
+def _need(folder, size):
+    problem = checkpoints.room_problem(folder, size)
+    if problem:
+        raise OSError(errno.ENOSPC, problem)
+
+
+def why_not_written(error):
+    """What kept a file from being written, or None if the exception is of another kind.
+
+    torch and tokenizers have none of their own: theirs are known by their words.
+    """
+    if isinstance(error, OSError | SafetensorError):
+        return error.strerror or str(error)
+    words = str(error)
+    if "PytorchStreamWriter failed writing" in words or "unexpected pos" in words or "(os error " in words:
+        return first_line(words)
+    return None
 
 
 def _duration(seconds):

@@ -4,6 +4,7 @@ What every dataset here has, beside a length and items by their number:
 
   lengths: int64 (items), tokens of each; None where samples are tokenized when they are needed
   digests: uint64 (samples), equal for samples of equal conversations
+  places(number): where the records of an item stand, as a list of "file:line"
   fill: share of the tokens of its rows that samples fill, where an item is a row of samples; None where it is a sample
 """
 
@@ -24,7 +25,8 @@ from mechanisms.data.packing import best_fit_decreasing
 from mechanisms.data.records import Place, Problems, read_records
 from mechanisms.data.report import DataReport
 from mechanisms.data.shapes import BadRecord, Conversation, to_conversation
-from mechanisms.data.token_cache import TokenCache, TokenizedSamples, cache_key
+from mechanisms.data.token_cache import DamagedCache, TokenCache, TokenizedSamples, cache_key
+from mechanisms.errors import UserError
 
 MUCH_TEXT = 8 << 20  # bytes of data per core from which tiktoken saves more time than it takes to prepare
 
@@ -62,10 +64,27 @@ def load_dataset(files: list[str], encoder: ConversationEncoder, cache_dir: str 
     cache_root = cache_dir or os.path.join(HF_HOME, "finetune_tokens")
     with main_process_first():
         folder = os.path.join(cache_root, f"tokens-{cache_key(files, encoder)}")
-        if not TokenCache.exists(folder):
-            TokenCache.write(folder, tokenize(files, encoder, report), report.to_json)
-    cache = TokenCache(folder)
+        try:
+            cache = open_cache(folder, files)
+            if cache is None:
+                TokenCache.write(folder, tokenize(files, encoder, report), report.to_json)
+                cache = TokenCache(folder, files)
+        except OSError as error:
+            raise UserError(f"the cache of tokens {folder} cannot be used: {error.strerror or error}. Give another "
+                            "folder with --cache_dir") from error
     return cache, DataReport.from_json(cache.report)
+
+
+def open_cache(folder: str, files: list[str]) -> TokenCache | None:
+    """The cache in `folder`; None if there is none, or a damaged one, which is said and removed."""
+    if not os.path.lexists(folder):
+        return None
+    try:
+        return TokenCache(folder, files)
+    except DamagedCache as damage:
+        console.say(f"note: the cache of tokens {folder} is made again: {damage}")
+        TokenCache.remove(folder)
+        return None
 
 
 def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport) -> Iterator[TokenizedSamples]:
@@ -73,7 +92,7 @@ def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport)
 
     def encode(records):
         """Some (Place, record) pairs -> their TokenizedSamples and DataReport; runs in another process."""
-        found, ids, labels, lengths, digests = DataReport(), [], [], [], []
+        found, ids, labels, lengths, digests, places = DataReport(), [], [], [], [], []
         for place, conversation in to_conversations(records, found.problems, found.notices):
             try:
                 excerpts = encoder.excerpts(conversation, found.notices)
@@ -86,8 +105,10 @@ def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport)
                 labels += samples[number].labels
                 lengths.append(len(samples[number].input_ids))
                 digests.append(conversation.digest)
+                places.append((files.index(place.path), place.line))
         return TokenizedSamples(np.array(ids, np.int32), np.array(labels, np.int32) != IGNORED,
-                                np.array(lengths, np.int64), np.array(digests, np.uint64)), found
+                                np.array(lengths, np.int64), np.array(digests, np.uint64),
+                                np.array(places, np.int32).reshape(-1, 2)), found
 
     if sum(map(os.path.getsize, files)) > MUCH_TEXT * count_cores():
         encoder.ids_of.prepare_tiktoken()
@@ -105,7 +126,7 @@ def load_lazily(files: list[str], encoder: ConversationEncoder, report: DataRepo
     Which samples are left out must be known before the start. A byte-level tokenizer never makes more tokens than there
     are bytes, so only samples with more bytes than the maximum length have to be tokenized to know.
     """
-    items, digests = [], []
+    items, digests, places = [], [], []
     for place, conversation in to_conversations(
             read_files(files, report.problems), report.problems, report.notices):
         try:
@@ -118,8 +139,9 @@ def load_lazily(files: list[str], encoder: ConversationEncoder, report: DataRepo
         for number in report.count(conversation, [excerpt for excerpt, _ in excerpts], samples):
             items.append((conversation, excerpts[number][0]))
             digests.append(conversation.digest)
+            places.append(f"{place.path}:{place.line}")
     report.counts_tokens = False
-    return LazySamples(items, digests, encoder)
+    return LazySamples(items, digests, places, encoder)
 
 
 def _bytes(text):
@@ -131,8 +153,9 @@ class LazySamples:
 
     lengths = fill = None
 
-    def __init__(self, items, digests, encoder):
+    def __init__(self, items, digests, places, encoder):
         self.items, self.digests, self.encoder = items, np.array(digests, np.uint64), encoder
+        self.sample_places = places
 
     def __len__(self):
         return len(self.items)
@@ -141,6 +164,9 @@ class LazySamples:
         conversation, excerpt = self.items[index]
         sample = self.encoder.encode(excerpt, self.encoder.text(conversation, excerpt))
         return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels, np.int32)}
+
+    def places(self, index):
+        return [self.sample_places[index]]
 
 
 class Subset:
@@ -157,6 +183,9 @@ class Subset:
 
     def __getitem__(self, index):
         return self.dataset[self.indices[index]]
+
+    def places(self, index):
+        return self.dataset.places(self.indices[index])
 
 
 def split(dataset, ratio: float) -> tuple[Subset, Subset]:
@@ -182,3 +211,6 @@ class PackedRows:
 
     def __getitem__(self, row):
         return [self.dataset[index] for index in self.rows[row]]
+
+    def places(self, row):
+        return [place for index in self.rows[row] for place in self.dataset.places(index)]

@@ -1,16 +1,26 @@
 """Tokenized samples on disk: written once, whole or not at all, and memory-mapped by every process that reads them."""
 
+import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
+import time
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from mechanisms.paths import digest_of, flush
+
+REPORT, IDS, UNFINISHED = "report.json", "input_ids.int32", ".unfinished"
+ARRAYS = {IDS: np.int32, "trained.bool": np.bool_, "offsets.int64": np.int64, "digests.uint64": np.uint64,
+          "places.int32": np.int32}
 LIBRARIES = "transformers", "tokenizers", "tiktoken", "jinja2"  # that render and tokenize
 
 
@@ -37,74 +47,103 @@ def cache_key(files: list[str], encoder) -> str:
     return digest.hexdigest()
 
 
+class DamagedCache(Exception):
+    """A cache whose content is not what was written. The message says what is wrong with it."""
+
+
 class TokenizedSamples(NamedTuple):
     """Samples end to end: input_ids int32 and trained bool (tokens of all), lengths int64 and digests uint64 (samples).
 
-    A digest is equal for samples of equal conversations.
+    A digest is equal for samples of equal conversations. places, int32 (samples, 2): the number of the file among the
+    data files and the line.
     """
 
     input_ids: np.ndarray
     trained: np.ndarray
     lengths: np.ndarray
     digests: np.ndarray
+    places: np.ndarray
 
 
 class TokenCache:
     """A sequence of samples {"input_ids": int32 (length,), "labels": int32 (length,)} in `folder`, and their report.
 
-    It is a dataset as mechanisms/data/datasets.py says.
+    It is a dataset as mechanisms/data/datasets.py says. files: the data files, which its places name.
+
+    Raises DamagedCache if it is not what was written, and OSError if it cannot be read.
     """
 
     fill = None
 
-    def __init__(self, folder):
-        self.folder = folder
-        with open(os.path.join(folder, "report.json"), encoding="utf-8") as file:
-            self.report = json.load(file)
-        self.offsets = np.fromfile(os.path.join(folder, "offsets.int64"), dtype=np.int64)
-        self.digests = np.fromfile(os.path.join(folder, "digests.uint64"), dtype=np.uint64)
+    def __init__(self, folder, files=()):
+        self.files = files
+        manifest = _read_manifest(folder)
+        self.report = manifest["report"]
+        arrays = {}
+        for name, dtype in ARRAYS.items():
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path):
+                raise DamagedCache(f"{name} is missing")
+            if [os.path.getsize(path), digest_of(path)] != manifest["files"].get(name):
+                raise DamagedCache(f"{name} is not as it was written")
+            empty = os.path.getsize(path) == 0  # an empty file cannot be mapped
+            arrays[name] = np.zeros(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+        self.input_ids, self.trained, offsets, digests, places = arrays.values()
+        self.offsets, self.digests, self.sample_places = np.array(offsets), np.array(digests), places.reshape(-1, 2)
         self.lengths = np.diff(self.offsets)
-        length = int(self.offsets[-1])
-        shape = {"shape": (length,), "mode": "r"} if length else None  # an empty file cannot be mapped
-        self.input_ids = np.memmap(os.path.join(folder, "input_ids.int32"), np.int32, **shape) if shape else []
-        self.trained = np.memmap(os.path.join(folder, "trained.bool"), np.bool_, **shape) if shape else []
-
-    @staticmethod
-    def exists(folder):
-        """Whether a whole cache lies in `folder`: the report is written last, then the folder renamed into place."""
-        return os.path.isfile(os.path.join(folder, "report.json"))
 
     @staticmethod
     def write(folder, samples, make_report):
         """Write all samples, then the report, then give the folder its name, so that a kill leaves nothing half.
 
         samples: iterator of TokenizedSamples; make_report: called after the last one, returns a JSON-serialisable
-        dict. Raises whatever `samples` or `make_report` raise, leaving no folder behind.
+        dict. Raises whatever `samples` or `make_report` raise, and OSError, leaving no folder behind.
         """
-        unfinished = f"{folder}.{os.getpid()}.unfinished"
+        _remove_stale(os.path.dirname(folder))
+        unfinished = f"{folder}.{uuid.uuid4().hex}{UNFINISHED}"  # process ids are the same in every new container
         os.makedirs(unfinished)
         try:
-            lengths, digests = [np.zeros(1, np.int64)], [np.zeros(0, np.uint64)]
-            with open(os.path.join(unfinished, "input_ids.int32"), "wb") as ids_file, \
-                    open(os.path.join(unfinished, "trained.bool"), "wb") as trained_file:
+            lengths, digests, places = [np.zeros(1, np.int64)], [np.zeros(0, np.uint64)], [np.zeros((0, 2), np.int32)]
+            with contextlib.ExitStack() as stack:
+                files = {name: stack.enter_context(open(os.path.join(unfinished, name), "wb")) for name in ARRAYS}
+                _try_lock(files[IDS])  # so that no other process takes this folder for a stale one
                 for group in samples:
-                    group.input_ids.tofile(ids_file)
-                    group.trained.tofile(trained_file)
+                    _append(files[IDS], group.input_ids)
+                    _append(files["trained.bool"], group.trained)
                     lengths.append(group.lengths)
                     digests.append(group.digests)
-            np.cumsum(np.concatenate(lengths)).tofile(os.path.join(unfinished, "offsets.int64"))
-            np.concatenate(digests).tofile(os.path.join(unfinished, "digests.uint64"))
-            with open(os.path.join(unfinished, "report.json"), "w", encoding="utf-8") as file:
-                json.dump(make_report(), file)
-            try:
-                os.replace(unfinished, folder)
-            except OSError:  # another node or run that shares the cache was first
-                if not TokenCache.exists(folder):
-                    raise
-                shutil.rmtree(unfinished)
+                    places.append(group.places)
+                _append(files["offsets.int64"], np.cumsum(np.concatenate(lengths)))
+                _append(files["digests.uint64"], np.concatenate(digests))
+                _append(files["places.int32"], np.concatenate(places))
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                paths = {name: os.path.join(unfinished, name) for name in ARRAYS}
+                manifest = {"report": make_report(),
+                            "files": {name: [os.path.getsize(path), digest_of(path)] for name, path in paths.items()}}
+                with open(os.path.join(unfinished, REPORT), "w", encoding="utf-8") as file:
+                    json.dump({**manifest, "digest": _digest(manifest)}, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                flush(unfinished)
+                try:
+                    os.replace(unfinished, folder)
+                except OSError:  # another node or run that shares the cache was first
+                    if not os.path.isfile(os.path.join(folder, REPORT)):
+                        raise
+                    shutil.rmtree(unfinished)
+                flush(os.path.dirname(folder))
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+
+    @staticmethod
+    def remove(folder):
+        """Take away a damaged cache, without a moment in which half of it stands under its name."""
+        gone = f"{folder}.{uuid.uuid4().hex}{UNFINISHED}"
+        os.replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def __len__(self):
         return len(self.digests)
@@ -113,3 +152,51 @@ class TokenCache:
         start, end = self.offsets[index], self.offsets[index + 1]
         input_ids = np.array(self.input_ids[start:end])
         return {"input_ids": input_ids, "labels": np.where(self.trained[start:end], input_ids, -100)}
+
+    def places(self, index):
+        file, line = self.sample_places[index]
+        return [f"{self.files[file]}:{line}"]
+
+
+def _append(file, array):
+    file.write(np.ascontiguousarray(array).view(np.uint8).data)  # tofile would not say why it failed
+
+
+def _digest(manifest):
+    return hashlib.blake2b(json.dumps(manifest).encode(), digest_size=16).hexdigest()
+
+
+def _read_manifest(folder):
+    """What `write` put beside the arrays. Raises DamagedCache."""
+    try:
+        with open(os.path.join(folder, REPORT), encoding="utf-8") as file:
+            manifest = json.load(file)
+        digest = manifest.pop("digest")
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, FileNotFoundError,
+            IsADirectoryError) as error:
+        raise DamagedCache(f"{REPORT} is damaged or missing") from error
+    if digest != _digest(manifest):
+        raise DamagedCache(f"{REPORT} is not as it was written")
+    return manifest
+
+
+def _try_lock(file):
+    """Whether this process could lock an open file. The lock goes when the file is closed or the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_stale(root):
+    """Remove what killed processes left in the cache: nobody holds the lock on it."""
+    for unfinished in glob.glob(os.path.join(glob.escape(root), f"tokens-*{UNFINISHED}")):
+        with contextlib.suppress(FileNotFoundError):  # another run may be faster
+            try:
+                with open(os.path.join(unfinished, IDS), "r+b") as file:
+                    stale = _try_lock(file)
+            except OSError:  # killed before, or made right now
+                stale = time.time() - os.path.getmtime(unfinished) > 60
+            if stale:
+                shutil.rmtree(unfinished, ignore_errors=True)
