@@ -26,7 +26,7 @@ def no_code(path):
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} cannot be loaded: it holds a pickle with more than weights in it, or a damaged one, and "
+        raise UserError(f"{path} cannot be loaded: it holds a pickle with more than weights, or a damaged one, and "
                         "code in it could do anything. Look for .safetensors files") from error
 
 
