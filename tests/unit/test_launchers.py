@@ -200,6 +200,7 @@ def gpus(bash, count):
 @pytest.mark.parametrize("environment, expected", [
     ({}, "4"),
     ({"CUDA_VISIBLE_DEVICES": "1,3"}, "2"),
+    ({"CUDA_VISIBLE_DEVICES": "0, 1"}, "2"),
     ({"CUDA_VISIBLE_DEVICES": "GPU-1"}, "1"),
     ({"CUDA_VISIBLE_DEVICES": "0,1,2,-1,3"}, "3"),
     ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
@@ -238,18 +239,25 @@ def test_single_gpu_is_one_process(bash, page):
         assert "--deepspeed" not in bash(page, "-d", "x", DRY_RUN="1", **visible).stdout
 
 
-def test_one_machine_needs_no_free_port(dry_run):
-    command, _ = dry_run("finetune_ds.sh", MASTER_ADDR="left.over")
-    assert option(command, "--nnodes") == "1" and option(command, "--rdzv_endpoint") == "127.0.0.1:0"
-    assert option(dry_run("finetune_ds.sh", MASTER_PORT="6005")[0], "--rdzv_endpoint") == "127.0.0.1:6005"
+def test_one_machine_needs_no_address(dry_run):
+    command, _ = dry_run("finetune_ds.sh", MASTER_ADDR="left.over", MASTER_PORT="6005", RDZV_ID="left over")
+    assert option(command, "--nnodes") == "1"
+    assert not {"--master_addr", "--master_port", "--rdzv_id"} & set(command)
 
 
 @pytest.mark.parametrize("page", TORCHRUN_PAGES)
-def test_restarts(dry_run, page):
-    assert option(dry_run(page)[0], "--max_restarts") == "0"
-    command, _ = dry_run(page, MAX_RESTARTS="3")
-    assert option(command, "--max_restarts") == "3"
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in command  # or the second start finds what the first one stored
+def test_restarts_and_the_time_to_end(dry_run, page):
+    command, _ = dry_run(page)
+    assert option(command, "--max_restarts") == "0" and option(command, "--grace_period") == "300"
+    command, _ = dry_run(page, MAX_RESTARTS="3", GRACE_PERIOD="20")
+    assert option(command, "--max_restarts") == "3" and option(command, "--grace_period") == "20"
+
+
+@pytest.mark.parametrize("page", [TORCHRUN_PAGES[0], SINGLE_PAGES[0]])
+def test_a_schedulers_warning_does_not_end_what_is_starting(bash, page):
+    python = bash.tools / "python"
+    write_tool(python, "kill -USR1 $$; kill -USR2 $$; echo started")
+    assert bash(page, "-d", "x", PYTHON=str(python)).stdout == "started\n"
 
 
 # -- several machines -------------------------------------------------------------------------------------------------
@@ -296,13 +304,13 @@ def test_scontrol_expands_the_node_list(bash, dry_run):
     assert place(dry_run("finetune_lora_ds.sh", **environment)[0])[2] == "r1n5"
 
 
-def test_restarts_on_several_machines_keep_their_order(dry_run):
-    environment = {"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99", "MAX_RESTARTS": "1"}
-    first, second = (dry_run("finetune_ds.sh", **environment, NODE_RANK=rank)[0] for rank in "01")
-    for command in (first, second):
-        assert option(command, "--rdzv_backend") == "c10d" and option(command, "--rdzv_endpoint") == "10.0.0.1:99"
-    assert option(first, "--rdzv_conf") == "is_host=1" and option(second, "--rdzv_conf") == "is_host=0"
-    assert option(first, "--local_addr") == "10.0.0.1" < option(second, "--local_addr")
+@pytest.mark.parametrize("environment, expected", [
+    ({}, "none"), ({"SLURM_JOB_ID": "77"}, "77"), ({"PET_RDZV_ID": "p", "SLURM_JOB_ID": "77"}, "p"),
+    ({"RDZV_ID": "5f a", "PET_RDZV_ID": "p", "SLURM_JOB_ID": "77"}, "5f a"),
+])
+def test_the_name_of_a_run_on_several_machines(dry_run, environment, expected):
+    command, _ = dry_run("finetune_ds.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="a", **environment)
+    assert option(command, "--rdzv_id") == expected
 
 
 @pytest.mark.parametrize("environment, message", [
@@ -320,6 +328,7 @@ def test_restarts_on_several_machines_keep_their_order(dry_run):
     ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0 is not a whole number"),
     ({"GPUS_PER_NODE": "x[$(exit 7)]"}, "GPUS_PER_NODE=x[$(exit 7)] is not a whole number"),
     ({"MAX_RESTARTS": "many"}, "MAX_RESTARTS=many is not a whole number"),
+    ({"GRACE_PERIOD": "-1"}, "GRACE_PERIOD=-1 is not a whole number"),
     ({"SLURM_LOCALID": "1"}, "started more than once on this machine"),
     ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, "started more than once on this machine"),
 ])
