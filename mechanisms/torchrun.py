@@ -280,6 +280,8 @@ class Launcher:
                         rank.kill()
             if not end.line or self.stop:
                 break
+            if attempt < args.max_restarts:
+                say(f"starting again, {attempt + 1} of {args.max_restarts} times")
         self.machines.leave(30 if end.code else 300)
         return end.code
 
