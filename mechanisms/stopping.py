@@ -49,6 +49,8 @@ class SaveOnRequest(TrainerCallback):
             say(f"Saved as asked: {line}, training goes on")
         else:
             say(f"Ended by {name_of(request)}: {line}, the same command goes on")
+            if torch.distributed.is_initialized():  # an interpreter that ends with open connections may abort
+                torch.distributed.destroy_process_group()
             sys.exit(exit_code(request) if saved else 1)
 
     def on_train_end(self, args, state, control, **kwargs):

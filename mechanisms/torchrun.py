@@ -144,6 +144,20 @@ def loopback_store(port=0):
                     master_listen_fd=listener.detach())
 
 
+def stay_on_the_loopback():
+    """In a rank, before the ranks connect: if they are of one machine, only the loopback is listened on.
+
+    For ranks that this launcher has not started: deepspeed's, or a single process that uses DeepSpeed.
+    """
+    global _store
+    environment = os.environ
+    if environment["MASTER_ADDR"] not in ("127.0.0.1", "localhost") or "TORCHELASTIC_RUN_ID" in environment:
+        return
+    if environment["RANK"] == "0":
+        _store = loopback_store(int(environment["MASTER_PORT"]))
+    environment.update(OneMachine.environment, TORCHELASTIC_USE_AGENT_STORE="True")
+
+
 class OneMachine:
     """Nobody to meet: the ranks find each other through a store on the loopback, and talk to each other there."""
 

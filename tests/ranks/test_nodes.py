@@ -1,13 +1,11 @@
 """Runs that other machines take part in, and runs that are killed: real launchers, real signals, the same numbers."""
 
 import collections
-import itertools
+import contextlib
 import json
-import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +13,8 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
+from launching import free_port, processes_of, two_machines, workers_of
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -27,84 +25,9 @@ from mechanisms import checkpoints
 ROOT = Path(finetune.__file__).parent
 DATA = EXAMPLES / "data"
 PAGE = ["bash", str(ROOT / "finetune/finetune_lora_ds.sh")]
-PATIENCE = 600  # seconds for what has no deadline of its own: the machine may be busy
 STEPS, SAVE_STEPS = 25, 5  # long enough for every kill below to come well before the end
 TRAINING = ["--max_steps", STEPS, "--save_steps", SAVE_STEPS, "--logging_steps", 1, "--learning_rate", "5e-3",
             "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--lora_r", 8]
-
-
-class Run:
-    """A program in the background, what it prints in a file."""
-
-    def __init__(self, command, log, environment):
-        self.log = log
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True,
-                env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-                     "TMPDIR": str(log.parent), **environment},
-                # A shell's background jobs ignore Ctrl-C, and so would what they start.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-    @property
-    def output(self):
-        return self.log.read_text(errors="replace")
-
-    @property
-    def steps(self):
-        """The steps of its log lines so far."""
-        return [int(step) for step in re.findall(r"^step (\d+)/", self.output, re.MULTILINE)]
-
-    def wait_until(self, condition):
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output[-3000:]}"
-            assert time.monotonic() < deadline, self.output[-3000:]
-            time.sleep(0.02)
-
-    def ends(self, code, seconds=PATIENCE):
-        """Assert that it does, in time, and return its output."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"still there after {seconds} s:\n{self.output[-3000:]}")
-        assert self.process.returncode == code, self.output[-3000:]
-        return self.output
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """For results and logs."""
-    return tmp_path_factory.mktemp("nodes")
-
-
-@pytest.fixture(scope="module")
-def start(folder):
-    """start(command, **environment) -> Run, in the folder; what is left of them is killed in the end."""
-    numbers = itertools.count(1)
-
-    def run(command, **environment):
-        return Run(command, folder / f"run{next(numbers)}.log", environment)
-
-    yield run
-    for process in processes_of(folder):
-        process.kill()
-
-
-def processes_of(folder):
-    """Every process that has the folder, or one in it, on its command line."""
-    return [process for process in psutil.process_iter(["cmdline"])
-            if any(str(folder) in word for word in process.info["cmdline"] or [])]
-
-
-def workers_of(launcher):
-    """{rank: process}"""
-    workers = {}
-    for process in psutil.Process(launcher.process.pid).children(recursive=True):
-        environment = process.environ()
-        if "RANK" in environment:
-            workers[int(environment["RANK"])] = process
-    return workers
 
 
 def training_command(model, out):
@@ -138,51 +61,23 @@ def start_on_two_nodes(start, record_testsuite_property):
     The nodes are two network namespaces joined by a cable, as two machines would be; or, with a warning, the loopback
     of this machine where one may not make namespaces or has no iproute2 (`ip`).
     """
-    names = [f"finetune-{os.getpid()}-{node}" for node in range(2)]
-    where = "two network namespaces"
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            ip("netns", "exec", name, "true")
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
-        for number, name in enumerate(names, 1):
-            ip("-n", name, "address", "add", f"10.213.0.{number}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "cable", "up")
-    except (OSError, subprocess.CalledProcessError) as error:
-        remove_namespaces(names)
-        names, where = [], f"the loopback: {(getattr(error, 'stderr', '') or str(error)).strip()}"
-        warnings.warn(f"two nodes on {where}", stacklevel=1)
-    record_testsuite_property("two nodes on", where)
+    with contextlib.ExitStack() as stack:
+        try:
+            names, where = stack.enter_context(two_machines()), "two network namespaces"
+        except (OSError, subprocess.CalledProcessError) as error:
+            names, where = [], f"the loopback: {(getattr(error, 'stderr', '') or str(error)).strip()}"
+            warnings.warn(f"two nodes on {where}", stacklevel=1)
+        record_testsuite_property("two nodes on", where)
 
-    def run(command, **environment):
-        if names:
-            network = {"MASTER_ADDR": "10.213.0.1", "GLOO_SOCKET_IFNAME": "cable"}
-        else:
-            network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(free_port())}
-        return [start([*(["ip", "netns", "exec", names[node]] if names else []), *command], NNODES="2",
-                      NODE_RANK=str(node), GPUS_PER_NODE="1", **network, **environment) for node in range(2)]
+        def run(command, **environment):
+            if names:
+                network = {"MASTER_ADDR": "10.213.0.1", "GLOO_SOCKET_IFNAME": "cable"}
+            else:
+                network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(free_port())}
+            return [start([*(["ip", "netns", "exec", names[node]] if names else []), *command], NNODES="2",
+                          NODE_RANK=str(node), GPUS_PER_NODE="1", **network, **environment) for node in range(2)]
 
-    yield run
-    remove_namespaces(names)
-
-
-def ip(*words):
-    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
-
-
-def remove_namespaces(names):
-    for name in names:
-        if os.path.exists(f"/run/netns/{name}"):
-            for pid in map(int, ip("netns", "pids", name).split()):
-                os.kill(pid, signal.SIGKILL)
-            ip("netns", "delete", name)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        yield run
 
 
 @pytest.fixture(scope="module")
