@@ -9,7 +9,6 @@ A thread reads them: Python's own handlers would wait for the main thread, which
 import ctypes
 import os
 import signal
-import sys
 import threading
 
 from mechanisms.errors import first_to_fail
@@ -30,7 +29,7 @@ def exit_code(request):
 
 
 def _write(line):
-    os.write(sys.stderr.fileno(), f"\n{line}\n".encode())  # the main thread may be in the middle of a line
+    os.write(2, f"\n{line}\n".encode())  # the main thread may be in the middle of a line
 
 
 def end_at_once(request):

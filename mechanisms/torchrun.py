@@ -86,15 +86,18 @@ class Rank:
         with open(f"/proc/{self.process.pid}/stat", encoding="utf-8") as file:
             return file.read().rpartition(")")[2].split()[0] == "T"
 
-    def kill(self):
-        """With all that it has started."""
-        if self.code is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                say(f"rank {self.number}, process {self.process.pid}, does not end: the kernel holds it, which happens "
-                    "with a GPU or a network that hangs")
+
+def kill(ranks):
+    """With all that they have started."""
+    running = [rank for rank in ranks if rank.code is None]
+    for rank in running:
+        os.killpg(rank.process.pid, signal.SIGKILL)
+    for rank in running:
+        try:
+            rank.process.wait(30)
+        except subprocess.TimeoutExpired:
+            say(f"rank {rank.number}, process {rank.process.pid}, does not end: the kernel holds it, as it does for a GPU "
+                "or a network that hangs")
 
 
 def first_failure(ranks):
@@ -290,8 +293,7 @@ class Launcher:
                             stopped = ", stopped by a signal" if rank.is_stopped else ""
                             say(f"rank {rank.number} hung{stopped}: the others waited for it as --ddp_timeout says")
                 finally:
-                    for rank in self.ranks:
-                        rank.kill()
+                    kill(self.ranks)
             if not end.line or self.stop:
                 break
             if attempt < args.max_restarts:

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from launching import Run, processes_of
+from launching import ROOT, Run, processes_of
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +23,25 @@ def start(folder):
     yield run
     for process in processes_of(folder):
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def steps(folder):
+    """A program whose steps need all ranks and which answers no request."""
+    program = folder / "steps.py"
+    program.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from mechanisms import signals
+signals.install()
+import time, torch
+from mechanisms.errors import user_errors_end_the_program
+with user_errors_end_the_program():
+    torch.distributed.init_process_group("gloo")
+    signals.requests.keep()
+    print("step 1/1", flush=True)
+    while True:
+        torch.distributed.barrier()
+        time.sleep(0.05)
+""")
+    return program

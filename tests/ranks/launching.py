@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+ROOT = Path(__file__).parents[2]
 PATIENCE = 600  # seconds for what has no deadline of its own: the machine may be busy
 
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -98,6 +99,38 @@ def test_two_nodes_train_one_model(undisturbed):
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (out / f"checkpoint-{STEPS}").iterdir()}
     assert complete(out) == list(range(SAVE_STEPS, STEPS + 1, SAVE_STEPS))
     check_adapter(out)
+
+
+def on_nodes(program, *arguments):
+    """The command of `start_on_two_nodes` that runs another program than finetune.py."""
+    launcher = shlex.join([sys.executable, str(ROOT / "mechanisms/torchrun.py")])
+    machine = "--nnodes 2 --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port ${MASTER_PORT:-6001}"
+    return ["bash", "-c", f"exec {launcher} {machine} {shlex.join(map(str, [program, *arguments]))}"]
+
+
+def test_a_signal_to_one_node_saves_and_ends_both(start_on_two_nodes, make_model, cache_dir, folder):
+    out = folder / "signalled"
+    training = [*TRAINING[2:], "--max_steps", 100_000, "--save_steps", 100_000, "--use_lora"]
+    nodes = start_on_two_nodes(on_nodes(ROOT / "tests/ranks/signalled.py", "--model_name_or_path", make_model(),
+                                        "--data_path", DATA, "--output_dir", out, "--cache_dir", cache_dir, *training))
+    nodes[0].wait_until(lambda: max(nodes[0].steps, default=0) >= 3)
+    nodes[1].process.terminate()
+    output = nodes[0].ends(143, seconds=60)
+    nodes[1].ends(143, seconds=60)
+    [newest] = complete(out)
+    assert f"Ended by SIGTERM: checkpoint-{newest} is complete" in output and not processes_of(out)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_nothing_stays_behind_when_the_launcher_of_one_node_is_killed(start_on_two_nodes, steps, killed):
+    nodes = start_on_two_nodes(on_nodes(steps))
+    for node in nodes:
+        node.wait_until(lambda node=node: node.steps)
+    nodes[killed].process.kill()
+    other = nodes[1 - killed]
+    other.process.wait(60)
+    assert other.process.returncode == 1 and not processes_of(steps)
+    assert re.match("machine 0 has gone|rank . failed first: RuntimeError", other.output.splitlines()[-1])
 
 
 def test_one_message_where_the_data_is_bad(start, make_model, folder):

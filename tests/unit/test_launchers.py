@@ -4,14 +4,17 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser
 
 import finetune
+from mechanisms import torchrun
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 
@@ -336,6 +339,43 @@ def test_what_cannot_be_is_one_clear_line(bash, environment, message):
     done = bash("finetune_ds.sh", "-d", "x", DRY_RUN="1", **environment)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"finetune_ds.sh: {message}") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(torchrun, "PATIENCE", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_machines_that_do_not_meet_say_so(impatient, capsys):
+    for machine, line in ((1, f"waited 1 s: machine 0 does not answer at 127.0.0.1:{impatient}: was the command "
+                              "started there, is MASTER_ADDR its address, and may this machine reach that port?\n"),
+                          (0, "waited 1 s: machine 1, 2 did not come (is RDZV_ID the same on all machines?)\n")):
+        with pytest.raises(SystemExit) as end:
+            torchrun.Machines(3, machine, "127.0.0.1", impatient, "a").meet(0, 1)
+        assert end.value.code == 2 and capsys.readouterr().err == line
+
+
+def test_machines_with_different_numbers_of_gpus(impatient):
+    machines = [torchrun.Machines(3, number, "127.0.0.1", impatient, "a") for number in range(3)]
+    with ThreadPoolExecutor() as threads:
+        places = list(threads.map(lambda machine, count: machine.meet(0, count), machines, (2, 4, 1)))
+    address, port, *_ = places[0]
+    assert places == [(address, port, first, 7) for first in (0, 2, 6)] and port != impatient
+    assert all(machine.failed(0) is None for machine in machines)
+    first = machines[2].fail(0, torchrun.End(3, "rank 6 failed first"))
+    assert first == machines[0].fail(0, torchrun.End(1, "rank 0 failed first")) == machines[1].failed(0)
+    assert first == (3, "rank 6 failed first") and machines[1].failed(1) is None
+
+
+def test_a_port_in_use_is_named(impatient, capfd):
+    with socket.create_server(("", impatient)), pytest.raises(SystemExit) as end:
+        torchrun.Machines(2, 0, "127.0.0.1", impatient, "a")
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and line.startswith(f"MASTER_ADDR=127.0.0.1 MASTER_PORT={impatient}: ")
+    assert "address already in use" in line
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
