@@ -6,18 +6,18 @@ after that SIGTERM, SIGINT and SIGUSR2 end the program at once, with one line, a
 A thread reads them: Python's own handlers would wait for the main thread, which may hang in another library.
 """
 
-import ctypes
+import contextlib
 import os
+import select
 import signal
 import threading
 
 from mechanisms.errors import first_to_fail
+from mechanisms.torchrun import end_with
 
 # What each asks for, the stronger the greater: save; save and end with 0; save and end with this exit code.
 SAVE, SAVE_AND_END = 1, 2
 REQUESTS = {signal.SIGUSR1: SAVE, signal.SIGUSR2: SAVE_AND_END, signal.SIGINT: 130, signal.SIGTERM: 143}
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None)
 
 
 def name_of(request):
@@ -29,14 +29,27 @@ def exit_code(request):
 
 
 def _write(line):
-    os.write(2, f"\n{line}\n".encode())  # the main thread may be in the middle of a line
+    with contextlib.suppress(OSError):  # whoever read it is gone
+        os.write(2, f"\n{line}\n".encode())  # the main thread may be in the middle of a line
 
 
 def end_at_once(request):
     line = "interrupted" if request == REQUESTS[signal.SIGINT] else f"ended by {name_of(request)}"
-    if first_to_fail(line):
-        _write(line)
-    os._exit(exit_code(request))
+    try:
+        if first_to_fail(line):
+            _write(line)
+    finally:
+        os._exit(exit_code(request))
+
+
+def silence_broken_pipes():
+    """Ctrl-C also ends the `tee` that reads the output: writing to it would end the run before it has saved."""
+    poll = select.poll()
+    for output in (1, 2):
+        poll.register(output, 0)
+    for output, event in poll.poll(0):
+        if event & select.POLLERR:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
 
 class Requests:
@@ -110,9 +123,7 @@ def _begin_child():
     parent, _program = _program, os.getpid()
     signal.set_wakeup_fd(-1)  # the pipe is the parent's
     signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it had died before
-        os._exit(1)
+    end_with(parent)
     threading.Thread(target=_end_on_demand, args=(parent,), daemon=True).start()
 
 

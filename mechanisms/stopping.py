@@ -1,5 +1,6 @@
 """A signal or a file asks a run to save or to stop: all ranks agree on it at the end of a step."""
 
+import contextlib
 import os
 import sys
 
@@ -8,7 +9,7 @@ from transformers import TrainerCallback
 
 from mechanisms.checkpoints import MANIFEST
 from mechanisms.console import say
-from mechanisms.signals import SAVE, exit_code, name_of, requests
+from mechanisms.signals import SAVE, exit_code, name_of, requests, silence_broken_pipes
 
 SAVE_NOW = "save_now"  # a file in the output folder
 
@@ -22,12 +23,15 @@ class SaveOnRequest(TrainerCallback):
 
     def __init__(self):
         self.request = 0  # what all ranks have agreed on, until it is done
+        self.by_file = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         requests.keep()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.request = max(self.request, self.agree(args, state))
+        if self.request > SAVE:
+            silence_broken_pipes()
         # What an epoch ends with comes before the checkpoint, or the run that goes on from it would not do it.
         at_the_end = state.epoch.is_integer() and "epoch" in (args.eval_strategy, args.save_strategy)
         control.should_save |= self.request > 0 and not at_the_end
@@ -42,7 +46,8 @@ class SaveOnRequest(TrainerCallback):
         checkpoint, saved = f"checkpoint-{state.global_step}", True
         if state.is_world_process_zero:
             saved = os.path.exists(os.path.join(args.output_dir, checkpoint, MANIFEST))
-            if os.path.isfile(os.path.join(args.output_dir, SAVE_NOW)):
+        if self.by_file:
+            with contextlib.suppress(FileNotFoundError):  # taken back meanwhile
                 os.remove(os.path.join(args.output_dir, SAVE_NOW))
         line = f"{checkpoint} is {'complete' if saved else 'not complete'}"
         if request == SAVE:
@@ -59,7 +64,8 @@ class SaveOnRequest(TrainerCallback):
     def agree(self, args, state):
         """The strongest request on any rank."""
         request = requests.take()
-        if state.is_world_process_zero and os.path.isfile(os.path.join(args.output_dir, SAVE_NOW)):
+        self.by_file = state.is_world_process_zero and os.path.isfile(os.path.join(args.output_dir, SAVE_NOW))
+        if self.by_file:
             request = max(request, SAVE)
         if args.world_size > 1:
             strongest = torch.tensor(request, dtype=torch.int32, device=args.device)

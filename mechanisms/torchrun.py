@@ -10,6 +10,7 @@ The ranks find in their environment what torchrun puts there. Other than torchru
 
 import argparse
 import collections
+import contextlib
 import ctypes
 import json
 import math
@@ -36,12 +37,25 @@ End = collections.namedtuple("End", "code line", defaults=(None,))
 
 
 def say(line):
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # Ctrl-C has also ended the `tee` that read it
+        print(line, file=sys.stderr, flush=True)
 
 
 def die(line):
     say(line)
     sys.exit(2)
+
+
+def exit_code(code):
+    """That of a shell for a process that a signal has ended."""
+    return code if code >= 0 else 128 - code
+
+
+def end_with(parent):
+    """The kernel kills this process when its parent, whose id is given, dies."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had died before
+        os._exit(1)
 
 
 # -- the ranks of this machine ----------------------------------------------------------------------------------------
@@ -56,9 +70,7 @@ class Rank:
         launcher = os.getpid()
 
         def begin():  # in the child, before it becomes the program
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != launcher:  # it had died before
-                os._exit(1)
+            end_with(launcher)
             # These two wait until the program has something to do for them; without that they would kill it.
             signal.pthread_sigmask(signal.SIG_SETMASK, (signal.SIGUSR1, signal.SIGUSR2))
 
@@ -83,6 +95,8 @@ class Rank:
 
     @property
     def is_stopped(self):
+        if self.code is not None:
+            return False
         with open(f"/proc/{self.process.pid}/stat", encoding="utf-8") as file:
             return file.read().rpartition(")")[2].split()[0] == "T"
 
@@ -96,8 +110,8 @@ def kill(ranks):
         try:
             rank.process.wait(30)
         except subprocess.TimeoutExpired:
-            say(f"rank {rank.number}, process {rank.process.pid}, does not end: the kernel holds it, as it does for a GPU "
-                "or a network that hangs")
+            say(f"rank {rank.number}, process {rank.process.pid}, cannot be killed: the kernel holds it, as it does "
+                "for a GPU or a network that hangs")
 
 
 def first_failure(ranks):
@@ -115,7 +129,7 @@ def first_failure(ranks):
         message = f"killed by {signal.Signals(-code).name}"
         message += ", as the kernel does when memory runs out (dmesg)" if code == -signal.SIGKILL else ""
     line = (message or f"exit code {code}").split("\n")[0]  # the rank itself has said the rest
-    return End(code if code > 0 else 128 - code, f"rank {number} failed first: {line}")
+    return End(exit_code(code), f"rank {number} failed first: {line}")
 
 
 def hung(ranks, line):
@@ -258,12 +272,10 @@ class Machines:
         """Machine 0 has the store, so it goes last, or after `patience` seconds."""
         deadline = time.monotonic() + patience
         names = self.names("left", "all")
-        try:
+        with contextlib.suppress(RuntimeError):  # machine 0 has gone already
             self.store.set(names[self.number], "")
             while not self.number and not self.store.check(names) and time.monotonic() < deadline:
                 time.sleep(POLL)
-        except RuntimeError:
-            say("machine 0 has gone")
 
 
 # -- the launcher -----------------------------------------------------------------------------------------------------
@@ -298,7 +310,7 @@ class Launcher:
                 break
             if attempt < args.max_restarts:
                 say(f"starting again, {attempt + 1} of {args.max_restarts} times")
-        self.machines.leave(30 if end.code else 300)
+        self.machines.leave(10 if end.line else 300)
         return end.code
 
     def start(self, folder, address, port, first, count):
@@ -317,12 +329,12 @@ class Launcher:
         """Until the ranks have ended, or should. -> how the run ends, which is the same on all machines"""
         while True:
             time.sleep(POLL)
-            codes = [rank.code if (rank.code or 0) >= 0 else 128 - rank.code for rank in self.ranks]
-            stopped = [(rank, code) for rank, code in zip(self.ranks, codes) if code in STOPPED]
-            code = max((code for _, code in stopped), default=0)
-            if any(rank.message or rank.code < 0 for rank, _ in stopped):  # before it trained: the others wait for it
+            codes = [rank.code for rank in self.ranks]
+            stopped = [rank for rank, code in zip(self.ranks, codes) if code and exit_code(code) in STOPPED]
+            code = max((exit_code(rank.code) for rank in stopped), default=0)
+            if any(rank.message or rank.code < 0 for rank in stopped):  # before it trained: others may wait for it
                 return self.machines.fail(attempt, End(code))
-            if any(code and code not in STOPPED for code in codes):
+            if any(code and exit_code(code) not in STOPPED for code in codes):
                 return self.machines.fail(attempt, first_failure(self.ranks))
             if None not in codes:
                 return End(code)
@@ -342,6 +354,7 @@ class Launcher:
             for rank in running:
                 os.kill(rank.process.pid, number)
         elif number != signal.SIGUSR1:
+            say(f"ended by {signal.Signals(number).name}")
             sys.exit(128 + number if stops else 0)
         if stops and running:
             self.stop, self.deadline = number, time.monotonic() + self.args.grace_period

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -154,6 +155,19 @@ def test_one_process(start, arguments, folder):
         time.sleep(1)
     output = run.ends(143, seconds=10)
     assert output.splitlines()[-1] == "ended by SIGTERM" and gone(processes) and complete(out) == [newest]
+
+
+def test_output_that_nobody_reads_any_more_is_no_reason_not_to_save(start, arguments, folder):
+    """`... 2>&1 | tee log`, and Ctrl-C ends the tee as well."""
+    out = folder / "unread"
+    reader, writer = os.pipe()
+    words = map(str, [*LAUNCHER, 2, PROGRAM, *arguments(out, 100_000), "--logging_steps", 100_000, "--logging_first_step"])
+    run = subprocess.Popen(list(words), stdout=writer, stderr=writer, start_new_session=True, cwd=folder)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as output:
+        next(line for line in output if line.startswith("step 1/"))
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(60) == 130 and len(complete(out)) == 1 and not processes_of(out)
 
 
 @pytest.mark.parametrize("receiver, number, code, line", [
