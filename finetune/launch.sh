@@ -9,14 +9,21 @@
 #   DRY_RUN=1        print the whole command instead of running it
 #   PYTHON           the interpreter; default: .venv/bin/python of this repository, else python
 #   GPUS_PER_NODE    processes on this machine; default: its visible GPUs, or 1 where there is none
-#   MAX_RESTARTS     how many times torchrun may start a failed run again; default 0
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+#   MAX_RESTARTS     how many times a failed run may be started again; default 0
+#   GRACE_PERIOD     seconds that all processes have to save and end after SIGTERM or Ctrl-C; default 300
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, RDZV_ID
 #                    several machines: start the same command once on each, with NNODES their number, NODE_RANK 0, 1,
 #                    ... and MASTER_ADDR an address, MASTER_PORT a free port (default 6001) of machine 0. What SLURM
 #                    (srun --ntasks-per-node=1), OpenMPI (all but the address) or PyTorchJob says is used otherwise.
+#                    RDZV_ID, any word, the same on all machines and new for each run (default: SLURM's job id, or
+#                    none), keeps runs apart that meet at the same port. Only on a network that you trust: whoever
+#                    reaches these ports can disturb the run.
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 [[ ${PYTHON-} ]] || { PYTHON=$ROOT/.venv/bin/python; [[ -x $PYTHON ]] || PYTHON=python; }
+
+# A scheduler warns with these two, and they end a program that does not know them yet. finetune.py saves then.
+trap '' USR1 USR2
 
 # What all pages have in common. There is no --bf16 or --fp16: finetune.py takes what the hardware has.
 # shellcheck disable=SC2034  # the pages use it
@@ -37,14 +44,13 @@ RECIPE=(
     --model_max_length 512
 )
 
-# launch FLAGS... : finetune.py on every GPU of every machine. (exec: a signal to the launcher is one to torchrun.)
+# launch FLAGS... : finetune.py on every GPU of every machine. (exec: a signal to the launcher is one to torchrun.py.)
 launch() {
     read_flags "$@"
     find_machines
-    # Processes started again must not find what the dead ones stored: https://github.com/pytorch/pytorch/issues/135712
-    run env CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS="$OMP_NUM_THREADS" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \
-        "$PYTHON" "$ROOT/mechanisms/torchrun.py" "${rendezvous[@]}" --nproc_per_node "$GPUS_PER_NODE" \
-        --max_restarts "$MAX_RESTARTS" "$ROOT/finetune.py" "${flags[@]}"
+    run env CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS="$OMP_NUM_THREADS" \
+        "$PYTHON" "$ROOT/mechanisms/torchrun.py" "${machines[@]}" --nproc_per_node "$GPUS_PER_NODE" \
+        --max_restarts "$MAX_RESTARTS" --grace_period "$GRACE_PERIOD" "$ROOT/finetune.py" "${flags[@]}"
 }
 
 # launch_single FLAGS... : finetune.py as one process on one GPU, whatever a scheduler says about others. Were a second
@@ -75,7 +81,7 @@ read_flags() {
     [[ $data ]] || die "no training data: give -d FILE (-h explains)"
 }
 
-# Set GPUS_PER_NODE, MAX_RESTARTS, OMP_NUM_THREADS and `rendezvous` (torchrun's flags to find the other machines).
+# Set GPUS_PER_NODE, MAX_RESTARTS, GRACE_PERIOD, OMP_NUM_THREADS and `machines` (the flags to find the others).
 find_machines() {
     # shellcheck disable=SC2034  # `first` reads these two by name
     if [[ ${WORLD_SIZE-} && ${RANK-} && ${MASTER_ADDR-} && ! ${LOCAL_RANK-} ]]; then
@@ -85,30 +91,27 @@ find_machines() {
         die "started more than once on this machine, but torchrun itself starts a process per GPU:" \
             "use srun --ntasks-per-node=1, or mpirun --map-by ppr:1:node"
     NNODES=$(first NNODES OMPI_COMM_WORLD_SIZE PET_NNODES SLURM_STEP_NUM_NODES SLURM_NNODES SLURM_JOB_NUM_NODES pods)
-    NNODES=${NNODES:-1} MAX_RESTARTS=${MAX_RESTARTS:-0} MASTER_PORT=$(first MASTER_PORT PET_MASTER_PORT)
+    NNODES=${NNODES:-1} MAX_RESTARTS=${MAX_RESTARTS:-0} GRACE_PERIOD=${GRACE_PERIOD:-300}
+    MASTER_PORT=$(first MASTER_PORT PET_MASTER_PORT)
     whole NNODES 1 100000
     whole MAX_RESTARTS 0 1000
+    whole GRACE_PERIOD 0 1000000
     [[ ! $MASTER_PORT ]] || whole MASTER_PORT 1 65535
 
+    machines=(--nnodes "$NNODES")
     if ((NNODES > 1)); then
         MASTER_ADDR=$(first MASTER_ADDR PET_MASTER_ADDR)
         MASTER_ADDR=${MASTER_ADDR:-$(first_slurm_host)} MASTER_PORT=${MASTER_PORT:-6001}
         NODE_RANK=$(first NODE_RANK OMPI_COMM_WORLD_RANK PET_NODE_RANK SLURM_NODEID pod)
+        RDZV_ID=$(first RDZV_ID PET_RDZV_ID SLURM_JOB_ID)
         [[ $MASTER_ADDR && $NODE_RANK ]] ||
             die "NNODES=$NNODES needs MASTER_ADDR and NODE_RANK. On every machine: export NNODES=$NNODES" \
                 "NODE_RANK=<0 to $((NNODES - 1))> MASTER_ADDR=<address of machine 0> MASTER_PORT=$MASTER_PORT"
-        rendezvous=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
-    else
-        MASTER_ADDR=127.0.0.1 NODE_RANK=${NODE_RANK:-0} # port 0: a free one, so that two runs can share a machine
+        machines+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
+            --rdzv_id "${RDZV_ID:-none}")
     fi
+    NODE_RANK=${NODE_RANK:-0}
     whole NODE_RANK 0 $((NNODES - 1))
-    if ((NNODES == 1 || MAX_RESTARTS)); then
-        # Only c10d lets all machines meet again. It numbers them by name, and "~00001" comes after any address.
-        local name=$MASTER_ADDR
-        ((NODE_RANK == 0)) || name=$(printf '~%05d' "$NODE_RANK")
-        rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-0}"
-            --rdzv_conf "is_host=$((NODE_RANK == 0))" --local_addr "$name")
-    fi
     ((NNODES == 1)) || say "NODE_RANK=$NODE_RANK of NNODES=$NNODES, which meet at $MASTER_ADDR:$MASTER_PORT"
     GPUS_PER_NODE=${GPUS_PER_NODE:-$(count_gpus)}
     whole GPUS_PER_NODE 1 1000
@@ -122,7 +125,7 @@ count_gpus() {
     count=${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
     if [[ $count != 0 && ${CUDA_VISIBLE_DEVICES+set} ]]; then
         IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES" && count=0
-        for device in "${devices[@]}"; do # CUDA stops at the first that is not one, such as -1
+        for device in "${devices[@]// /}"; do # CUDA stops at the first that is not one, such as -1
             [[ $device =~ ^([0-9]+|(GPU|MIG)-.+)$ ]] || break
             count=$((count + 1))
         done

@@ -1,13 +1,12 @@
 """Runs that other machines take part in, and runs that are killed: real launchers, real signals, the same numbers."""
 
 import collections
-import itertools
+import contextlib
 import json
-import os
 import random
 import re
+import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +14,8 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
+from launching import free_port, processes_of, two_machines, workers_of
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -27,84 +26,9 @@ from mechanisms import checkpoints
 ROOT = Path(finetune.__file__).parent
 DATA = EXAMPLES / "data"
 PAGE = ["bash", str(ROOT / "finetune/finetune_lora_ds.sh")]
-PATIENCE = 600  # seconds for what has no deadline of its own: the machine may be busy
 STEPS, SAVE_STEPS = 25, 5  # long enough for every kill below to come well before the end
 TRAINING = ["--max_steps", STEPS, "--save_steps", SAVE_STEPS, "--logging_steps", 1, "--learning_rate", "5e-3",
             "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--lora_r", 8]
-
-
-class Run:
-    """A program in the background, what it prints in a file."""
-
-    def __init__(self, command, log, environment):
-        self.log = log
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True,
-                env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-                     "TMPDIR": str(log.parent), **environment},
-                # A shell's background jobs ignore Ctrl-C, and so would what they start.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-    @property
-    def output(self):
-        return self.log.read_text(errors="replace")
-
-    @property
-    def steps(self):
-        """The steps of its log lines so far."""
-        return [int(step) for step in re.findall(r"^step (\d+)/", self.output, re.MULTILINE)]
-
-    def wait_until(self, condition):
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output[-3000:]}"
-            assert time.monotonic() < deadline, self.output[-3000:]
-            time.sleep(0.02)
-
-    def ends(self, code, seconds=PATIENCE):
-        """Assert that it does, in time, and return its output."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"still there after {seconds} s:\n{self.output[-3000:]}")
-        assert self.process.returncode == code, self.output[-3000:]
-        return self.output
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """For results and logs."""
-    return tmp_path_factory.mktemp("nodes")
-
-
-@pytest.fixture(scope="module")
-def start(folder):
-    """start(command, **environment) -> Run, in the folder; what is left of them is killed in the end."""
-    numbers = itertools.count(1)
-
-    def run(command, **environment):
-        return Run(command, folder / f"run{next(numbers)}.log", environment)
-
-    yield run
-    for process in processes_of(folder):
-        process.kill()
-
-
-def processes_of(folder):
-    """Every process that has the folder, or one in it, on its command line."""
-    return [process for process in psutil.process_iter(["cmdline"])
-            if any(str(folder) in word for word in process.info["cmdline"] or [])]
-
-
-def workers_of(launcher):
-    """{rank: process}"""
-    workers = {}
-    for process in psutil.Process(launcher.process.pid).children(recursive=True):
-        environment = process.environ()
-        if "RANK" in environment:
-            workers[int(environment["RANK"])] = process
-    return workers
 
 
 def training_command(model, out):
@@ -138,51 +62,23 @@ def start_on_two_nodes(start, record_testsuite_property):
     The nodes are two network namespaces joined by a cable, as two machines would be; or, with a warning, the loopback
     of this machine where one may not make namespaces or has no iproute2 (`ip`).
     """
-    names = [f"finetune-{os.getpid()}-{node}" for node in range(2)]
-    where = "two network namespaces"
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            ip("netns", "exec", name, "true")
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
-        for number, name in enumerate(names, 1):
-            ip("-n", name, "address", "add", f"10.213.0.{number}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "cable", "up")
-    except (OSError, subprocess.CalledProcessError) as error:
-        remove_namespaces(names)
-        names, where = [], f"the loopback: {(getattr(error, 'stderr', '') or str(error)).strip()}"
-        warnings.warn(f"two nodes on {where}", stacklevel=1)
-    record_testsuite_property("two nodes on", where)
+    with contextlib.ExitStack() as stack:
+        try:
+            names, where = stack.enter_context(two_machines()), "two network namespaces"
+        except (OSError, subprocess.CalledProcessError) as error:
+            names, where = [], f"the loopback: {(getattr(error, 'stderr', '') or str(error)).strip()}"
+            warnings.warn(f"two nodes on {where}", stacklevel=1)
+        record_testsuite_property("two nodes on", where)
 
-    def run(command, **environment):
-        if names:
-            network = {"MASTER_ADDR": "10.213.0.1", "GLOO_SOCKET_IFNAME": "cable"}
-        else:
-            network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(free_port())}
-        return [start([*(["ip", "netns", "exec", names[node]] if names else []), *command], NNODES="2",
-                      NODE_RANK=str(node), GPUS_PER_NODE="1", **network, **environment) for node in range(2)]
+        def run(command, **environment):
+            if names:
+                network = {"MASTER_ADDR": "10.213.0.1", "GLOO_SOCKET_IFNAME": "cable"}
+            else:
+                network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(free_port())}
+            return [start([*(["ip", "netns", "exec", names[node]] if names else []), *command], NNODES="2",
+                          NODE_RANK=str(node), GPUS_PER_NODE="1", **network, **environment) for node in range(2)]
 
-    yield run
-    remove_namespaces(names)
-
-
-def ip(*words):
-    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
-
-
-def remove_namespaces(names):
-    for name in names:
-        if os.path.exists(f"/run/netns/{name}"):
-            for pid in map(int, ip("netns", "pids", name).split()):
-                os.kill(pid, signal.SIGKILL)
-            ip("netns", "delete", name)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +99,38 @@ def test_two_nodes_train_one_model(undisturbed):
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (out / f"checkpoint-{STEPS}").iterdir()}
     assert complete(out) == list(range(SAVE_STEPS, STEPS + 1, SAVE_STEPS))
     check_adapter(out)
+
+
+def on_nodes(program, *arguments):
+    """The command of `start_on_two_nodes` that runs another program than finetune.py."""
+    launcher = shlex.join([sys.executable, str(ROOT / "mechanisms/torchrun.py")])
+    machine = "--nnodes 2 --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port ${MASTER_PORT:-6001}"
+    return ["bash", "-c", f"exec {launcher} {machine} {shlex.join(map(str, [program, *arguments]))}"]
+
+
+def test_a_signal_to_one_node_saves_and_ends_both(start_on_two_nodes, make_model, cache_dir, folder):
+    out = folder / "signalled"
+    training = [*TRAINING[2:], "--max_steps", 100_000, "--save_steps", 100_000, "--use_lora"]
+    nodes = start_on_two_nodes(on_nodes(ROOT / "tests/ranks/signalled.py", "--model_name_or_path", make_model(),
+                                        "--data_path", DATA, "--output_dir", out, "--cache_dir", cache_dir, *training))
+    nodes[0].wait_until(lambda: max(nodes[0].steps, default=0) >= 3)
+    nodes[1].process.terminate()
+    output = nodes[0].ends(143, seconds=60)
+    nodes[1].ends(143, seconds=60)
+    [newest] = complete(out)
+    assert f"Ended by SIGTERM: checkpoint-{newest} is complete" in output and not processes_of(out)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_nothing_stays_behind_when_the_launcher_of_one_node_is_killed(start_on_two_nodes, steps, killed):
+    nodes = start_on_two_nodes(on_nodes(steps))
+    for node in nodes:
+        node.wait_until(lambda node=node: node.steps)
+    nodes[killed].process.kill()
+    other = nodes[1 - killed]
+    other.process.wait(60)
+    assert other.process.returncode == 1 and not processes_of(steps)
+    assert re.match("machine 0 has gone|rank . failed first: RuntimeError", other.output.splitlines()[-1])
 
 
 def test_one_message_where_the_data_is_bad(start, make_model, folder):
@@ -241,21 +169,19 @@ with user_errors_end_the_program():
 
 # -- killed -----------------------------------------------------------------------------------------------------------
 
-def test_ranks_that_fail_and_are_killed_change_no_number(start, start_on_two_nodes, undisturbed, make_model, folder):
-    """A rank raises, torchrun starts again; a rank is killed, the run ends; the same command on two machines goes on, a
-    rank is killed there, torchrun starts again on both: the numbers of a run that met nothing of it."""
+def test_ranks_that_are_killed_change_no_number(start, start_on_two_nodes, undisturbed, make_model, folder):
+    """A rank is killed, the launcher starts again; it is killed again, the run ends; the same command on two machines
+    resumes, a rank is killed there, the launchers start again on both: the numbers of a run that met nothing of it."""
     out = folder / "out"
     command = training_command(make_model(), out)
-    in_the_way = out / "checkpoint-10/rng_state_1.pth"  # a folder where rank 1, and no other, will write a file
-    in_the_way.mkdir(parents=True)
     run = start(command, GPUS_PER_NODE="2", MAX_RESTARTS="1")
-    run.wait_until(lambda: "Is a directory" in run.output)
-    in_the_way.rmdir()
-    assert complete(out) == [5]
-    run.wait_until(lambda: 10 in complete(out))
-    assert f"Resuming from {out / 'checkpoint-5'}" in run.output
-    assert f"{out / 'checkpoint-10'} is skipped" in run.output
-    assert run.output.count("Traceback") == 1 and run.output.count("Is a directory") == 1
+    run.wait_until(lambda: 5 in complete(out))
+    workers_of(run)[1].kill()
+    run.wait_until(lambda: "starting again, 1 of 1 times" in run.output)
+    assert re.search(r"^rank 1 failed first: killed by SIGKILL.*\nstarting again, 1 of 1 times$", run.output, re.MULTILINE)
+    before = complete(out)[-1]
+    run.wait_until(lambda: complete(out)[-1] > before)
+    assert re.search(rf"^Resuming from {re.escape(str(out))}/checkpoint-\d+$", run.output, re.MULTILINE)
     workers_of(run)[1].kill()
     output = run.ends(128 + signal.SIGKILL, seconds=60)
     assert output.splitlines()[-1].startswith("rank 1 failed first: killed by SIGKILL")

@@ -4,14 +4,16 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import finetune
-from mechanisms import flags
+from mechanisms import torchrun
 from mechanisms.errors import UserError
 from mechanisms.flags import make_parser, prepare_command_line
 
@@ -206,6 +208,7 @@ def gpus(bash, count):
 @pytest.mark.parametrize("environment, expected", [
     ({}, "4"),
     ({"CUDA_VISIBLE_DEVICES": "1,3"}, "2"),
+    ({"CUDA_VISIBLE_DEVICES": "0, 1"}, "2"),
     ({"CUDA_VISIBLE_DEVICES": "GPU-1"}, "1"),
     ({"CUDA_VISIBLE_DEVICES": "0,1,2,-1,3"}, "3"),
     ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
@@ -244,18 +247,25 @@ def test_single_gpu_is_one_process(bash, page):
         assert "--deepspeed" not in bash(page, "-d", "x", DRY_RUN="1", **visible).stdout
 
 
-def test_one_machine_needs_no_free_port(dry_run):
-    command, _ = dry_run("finetune_ds.sh", MASTER_ADDR="left.over")
-    assert option(command, "--nnodes") == "1" and option(command, "--rdzv_endpoint") == "127.0.0.1:0"
-    assert option(dry_run("finetune_ds.sh", MASTER_PORT="6005")[0], "--rdzv_endpoint") == "127.0.0.1:6005"
+def test_one_machine_needs_no_address(dry_run):
+    command, _ = dry_run("finetune_ds.sh", MASTER_ADDR="left.over", MASTER_PORT="6005", RDZV_ID="left over")
+    assert option(command, "--nnodes") == "1"
+    assert not {"--master_addr", "--master_port", "--rdzv_id"} & set(command)
 
 
 @pytest.mark.parametrize("page", TORCHRUN_PAGES)
-def test_restarts(dry_run, page):
-    assert option(dry_run(page)[0], "--max_restarts") == "0"
-    command, _ = dry_run(page, MAX_RESTARTS="3")
-    assert option(command, "--max_restarts") == "3"
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in command  # or the second start finds what the first one stored
+def test_restarts_and_the_time_to_end(dry_run, page):
+    command, _ = dry_run(page)
+    assert option(command, "--max_restarts") == "0" and option(command, "--grace_period") == "300"
+    command, _ = dry_run(page, MAX_RESTARTS="3", GRACE_PERIOD="20")
+    assert option(command, "--max_restarts") == "3" and option(command, "--grace_period") == "20"
+
+
+@pytest.mark.parametrize("page", [TORCHRUN_PAGES[0], SINGLE_PAGES[0]])
+def test_a_schedulers_warning_does_not_end_what_is_starting(bash, page):
+    python = bash.tools / "python"
+    write_tool(python, "kill -USR1 $$; kill -USR2 $$; echo started")
+    assert bash(page, "-d", "x", PYTHON=str(python)).stdout == "started\n"
 
 
 # -- several machines -------------------------------------------------------------------------------------------------
@@ -302,13 +312,13 @@ def test_scontrol_expands_the_node_list(bash, dry_run):
     assert place(dry_run("finetune_lora_ds.sh", **environment)[0])[2] == "r1n5"
 
 
-def test_restarts_on_several_machines_keep_their_order(dry_run):
-    environment = {"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99", "MAX_RESTARTS": "1"}
-    first, second = (dry_run("finetune_ds.sh", **environment, NODE_RANK=rank)[0] for rank in "01")
-    for command in (first, second):
-        assert option(command, "--rdzv_backend") == "c10d" and option(command, "--rdzv_endpoint") == "10.0.0.1:99"
-    assert option(first, "--rdzv_conf") == "is_host=1" and option(second, "--rdzv_conf") == "is_host=0"
-    assert option(first, "--local_addr") == "10.0.0.1" < option(second, "--local_addr")
+@pytest.mark.parametrize("environment, expected", [
+    ({}, "none"), ({"SLURM_JOB_ID": "77"}, "77"), ({"PET_RDZV_ID": "p", "SLURM_JOB_ID": "77"}, "p"),
+    ({"RDZV_ID": "5f a", "PET_RDZV_ID": "p", "SLURM_JOB_ID": "77"}, "5f a"),
+])
+def test_the_name_of_a_run_on_several_machines(dry_run, environment, expected):
+    command, _ = dry_run("finetune_ds.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="a", **environment)
+    assert option(command, "--rdzv_id") == expected
 
 
 @pytest.mark.parametrize("environment, message", [
@@ -326,6 +336,7 @@ def test_restarts_on_several_machines_keep_their_order(dry_run):
     ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0 is not a whole number"),
     ({"GPUS_PER_NODE": "x[$(exit 7)]"}, "GPUS_PER_NODE=x[$(exit 7)] is not a whole number"),
     ({"MAX_RESTARTS": "many"}, "MAX_RESTARTS=many is not a whole number"),
+    ({"GRACE_PERIOD": "-1"}, "GRACE_PERIOD=-1 is not a whole number"),
     ({"SLURM_LOCALID": "1"}, "started more than once on this machine"),
     ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, "started more than once on this machine"),
 ])
@@ -333,6 +344,43 @@ def test_what_cannot_be_is_one_clear_line(bash, environment, message):
     done = bash("finetune_ds.sh", "-d", "x", DRY_RUN="1", **environment)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"finetune_ds.sh: {message}") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(torchrun, "PATIENCE", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_machines_that_do_not_meet_say_so(impatient, capsys):
+    for machine, line in ((1, f"waited 1 s: machine 0 does not answer at 127.0.0.1:{impatient}: was the command "
+                              "started there, is MASTER_ADDR its address, and may this machine reach that port?\n"),
+                          (0, "waited 1 s: machine 1, 2 did not come (is RDZV_ID the same on all machines?)\n")):
+        with pytest.raises(SystemExit) as end:
+            torchrun.Machines(3, machine, "127.0.0.1", impatient, "a").meet(0, 1)
+        assert end.value.code == 2 and capsys.readouterr().err == line
+
+
+def test_machines_with_different_numbers_of_gpus(impatient):
+    machines = [torchrun.Machines(3, number, "127.0.0.1", impatient, "a") for number in range(3)]
+    with ThreadPoolExecutor() as threads:
+        places = list(threads.map(lambda machine, count: machine.meet(0, count), machines, (2, 4, 1)))
+    address, port, *_ = places[0]
+    assert places == [(address, port, first, 7) for first in (0, 2, 6)] and port != impatient
+    assert all(machine.failed(0) is None for machine in machines)
+    first = machines[2].fail(0, torchrun.End(3, "rank 6 failed first"))
+    assert first == machines[0].fail(0, torchrun.End(1, "rank 0 failed first")) == machines[1].failed(0)
+    assert first == (3, "rank 6 failed first") and machines[1].failed(1) is None
+
+
+def test_a_port_in_use_is_named(impatient, capfd):
+    with socket.create_server(("", impatient)), pytest.raises(SystemExit) as end:
+        torchrun.Machines(2, 0, "127.0.0.1", impatient, "a")
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and line.startswith(f"MASTER_ADDR=127.0.0.1 MASTER_PORT={impatient}: ")
+    assert "address already in use" in line
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
