@@ -13,6 +13,7 @@ The same command given again goes on from the newest complete checkpoint.
 
 import sys
 
+from mechanisms import signals
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
 from mechanisms.quiet import silence
@@ -21,6 +22,7 @@ if __name__ == "__main__":  # a misspelt flag is worth knowing before torch is i
     with user_errors_end_the_program():
         silence()
         COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:])
+    signals.install()
 
 import dataclasses
 import functools
@@ -420,7 +422,7 @@ def train(argv):
     Raises UserError.
     """
     argv = prepare_command_line(__file__, argv)
-    strategies.set_environment(argv)
+    strategies.prepare_ranks(argv)
     arguments = parse_arguments(argv)
     strategies.join_ranks(arguments[2])
     with strategies.on_first_rank(only_run_in(arguments[2].output_dir)):

@@ -2,17 +2,20 @@
 
 import argparse
 import contextlib
+import datetime
 import glob
 import os
 import socket
 
 import torch
 from torch.utils.cpp_extension import get_default_build_root
+from transformers import TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 from mechanisms.errors import UserError
 from mechanisms.memory import Setup
 from mechanisms.paths import deepspeed_file
+from mechanisms.torchrun import stay_on_the_loopback
 
 
 def choose_precision(bf16, fp16, use_cpu):
@@ -42,25 +45,27 @@ def deepspeed_config(value):
     return deepspeed_file(value) if isinstance(value, str) else value
 
 
-def set_environment(argv):
-    """Before the arguments of a run under DeepSpeed are made: their device is, and DeepSpeed reads the environment.
-
-    A single process that was started without torchrun gets what torchrun would set, or DeepSpeed would look for MPI.
-    Without a GPU the accelerator is named, or DeepSpeed announces at every import that it has found none.
+def prepare_ranks(argv):
+    """Before the arguments of a run are made, for their device connects the ranks (transformers does that).
 
     argv: as `flags.prepare_command_line` returns it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--deepspeed", nargs="?")
-    if (parser.parse_known_args(argv)[0].deepspeed or "none").lower() == "none":
-        return
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    parser.add_argument("--ddp_timeout", type=int, default=TrainingArguments.ddp_timeout)
+    args, on_cpu = parser.parse_known_args(argv)[0], not torch.accelerator.is_available()
+    if (args.deepspeed or "none").lower() != "none":
+        if on_cpu:  # else DeepSpeed announces at every import that it has found no accelerator
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "RANK" not in os.environ:  # a single process, without torchrun: DeepSpeed would look for MPI
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        stay_on_the_loopback()
+        if on_cpu and not torch.distributed.is_initialized():  # transformers does not pass --ddp_timeout on to gloo
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=args.ddp_timeout))
 
 
 def _deepspeed(training_args):

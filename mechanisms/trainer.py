@@ -24,6 +24,7 @@ from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, 
 from mechanisms.head_loss import HeadLoss, output_linear
 from mechanisms.lock import check_still_mine
 from mechanisms.paths import checkpoints_in, flush, size_of
+from mechanisms.stopping import SaveOnRequest
 from mechanisms.strategies import by_first_rank
 from mechanisms.summary import parameter_count
 
@@ -82,6 +83,7 @@ class SafeTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(LogLastStep)
+        self.add_callback(SaveOnRequest)
         self.add_callback(ProgressLines if self.args.disable_tqdm else ProgressBar)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

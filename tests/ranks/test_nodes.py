@@ -111,7 +111,7 @@ def on_nodes(program, *arguments):
 def test_a_signal_to_one_node_saves_and_ends_both(start_on_two_nodes, make_model, cache_dir, folder):
     out = folder / "signalled"
     training = [*TRAINING[2:], "--max_steps", 100_000, "--save_steps", 100_000, "--use_lora"]
-    nodes = start_on_two_nodes(on_nodes(ROOT / "tests/ranks/signalled.py", "--model_name_or_path", make_model(),
+    nodes = start_on_two_nodes(on_nodes(ROOT / "finetune.py", "--model_name_or_path", make_model(),
                                         "--data_path", DATA, "--output_dir", out, "--cache_dir", cache_dir, *training))
     nodes[0].wait_until(lambda: max(nodes[0].steps, default=0) >= 3)
     nodes[1].process.terminate()
@@ -178,7 +178,8 @@ def test_ranks_that_are_killed_change_no_number(start, start_on_two_nodes, undis
     run.wait_until(lambda: 5 in complete(out))
     workers_of(run)[1].kill()
     run.wait_until(lambda: "starting again, 1 of 1 times" in run.output)
-    assert re.search(r"^rank 1 failed first: killed by SIGKILL.*\nstarting again, 1 of 1 times$", run.output, re.MULTILINE)
+    said = r"^rank 1 failed first: killed by SIGKILL.*\nstarting again, 1 of 1 times$"
+    assert re.search(said, run.output, re.MULTILINE)
     before = complete(out)[-1]
     run.wait_until(lambda: complete(out)[-1] > before)
     assert re.search(rf"^Resuming from {re.escape(str(out))}/checkpoint-\d+$", run.output, re.MULTILINE)

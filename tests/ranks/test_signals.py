@@ -20,7 +20,7 @@ from examples.make_tiny_model import EXAMPLES
 from mechanisms import checkpoints, signals, stopping
 
 ROOT = Path(finetune.__file__).parent
-PROGRAM = ROOT / "tests/ranks/signalled.py"
+PROGRAM = ROOT / "finetune.py"
 LAUNCHER = [sys.executable, ROOT / "mechanisms/torchrun.py", "--nproc_per_node"]
 STEPS = 60
 
@@ -161,7 +161,8 @@ def test_output_that_nobody_reads_any_more_is_no_reason_not_to_save(start, argum
     """`... 2>&1 | tee log`, and Ctrl-C ends the tee as well."""
     out = folder / "unread"
     reader, writer = os.pipe()
-    words = map(str, [*LAUNCHER, 2, PROGRAM, *arguments(out, 100_000), "--logging_steps", 100_000, "--logging_first_step"])
+    words = map(str, [*LAUNCHER, 2, PROGRAM, *arguments(out, 100_000), "--logging_steps", 100_000,
+                      "--logging_first_step"])
     run = subprocess.Popen(list(words), stdout=writer, stderr=writer, start_new_session=True, cwd=folder)
     os.close(writer)
     with open(reader, encoding="utf-8") as output:

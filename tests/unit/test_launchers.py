@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import finetune
-from mechanisms import torchrun
+from mechanisms import flags, torchrun
 from mechanisms.errors import UserError
 from mechanisms.flags import make_parser, prepare_command_line
 
