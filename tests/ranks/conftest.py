@@ -3,7 +3,8 @@
 import itertools
 
 import pytest
-from launching import ROOT, Run, processes_of
+
+from tests.ranks.launching import ROOT, Run, processes_of
 
 
 @pytest.fixture(scope="module")

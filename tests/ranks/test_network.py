@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import free_port, two_machines, workers_of
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
+from tests.ranks.launching import free_port, two_machines, workers_of
 
 ROOT = Path(finetune.__file__).parent
 PAGE = ["bash", str(ROOT / "finetune/finetune_lora_ds.sh")]

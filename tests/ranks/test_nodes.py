@@ -15,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launching import free_port, processes_of, two_machines, workers_of
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
 from mechanisms import checkpoints
+from tests.ranks.launching import free_port, processes_of, two_machines, workers_of
 
 ROOT = Path(finetune.__file__).parent
 DATA = EXAMPLES / "data"

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from launching import processes_of, workers_of
 from transformers import TrainerControl, TrainerState
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
 from mechanisms import checkpoints, signals, stopping
+from tests.ranks.launching import processes_of, workers_of
 
 ROOT = Path(finetune.__file__).parent
 PROGRAM = ROOT / "finetune.py"
