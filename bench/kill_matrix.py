@@ -88,7 +88,7 @@ class Disturbance:
     def hook(self, event, args):
         if event not in CHANGES or self.busy or not isinstance(args[0], str | os.PathLike):
             return
-        if not os.fspath(args[0]).startswith(self.out) or event == "open" and not _writes(args):
+        if not f"{os.fspath(args[0])}/".startswith(f"{self.out}/") or event == "open" and not _writes(args):
             return
         self.events += 1
         if self.at is None or self.events < self.at:
@@ -198,6 +198,9 @@ class Runs:
             os.chdir(ROOT)
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.ranks), MASTER_PORT=str(port),
                               LOCAL_WORLD_SIZE=str(self.ranks), MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu")
+            errors = Path(f"{log}.{port}", str(rank), "error.json")  # as torchrun: the first to fail speaks
+            errors.parent.mkdir(parents=True)
+            os.environ["TORCHELASTIC_ERROR_FILE"] = str(errors)
             if self.ranks == 1:
                 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                     os.environ.pop(name)

@@ -101,16 +101,16 @@ class SafeTrainer(Trainer):
             is_training=True)
 
     def train(self, resume_from_checkpoint=None):
-        if resume_from_checkpoint is None:
-            return super().train()
-        classes = checkpoints.deepspeed_classes() if self.is_deepspeed_enabled else []
-        with checkpoints.no_code_from_pickles(resume_from_checkpoint, classes, self.args.trust_checkpoint):
+        with self._loading(resume_from_checkpoint) if resume_from_checkpoint else contextlib.nullcontext():
             return super().train(resume_from_checkpoint)
+
+    def _loading(self, checkpoint):
+        classes = checkpoints.deepspeed_classes() if self.is_deepspeed_enabled else []
+        return checkpoints.no_code_from_pickles(checkpoint, classes, self.args.trust_checkpoint)
 
     def load_again(self, checkpoint):
         """Load a checkpoint into the model and optimizer that are there. Raises UserError."""
-        classes = checkpoints.deepspeed_classes() if self.is_deepspeed_enabled else []
-        with checkpoints.no_code_from_pickles(checkpoint, classes, self.args.trust_checkpoint):
+        with self._loading(checkpoint):
             if self.is_deepspeed_enabled:
                 deepspeed_load_checkpoint(self.model_wrapped, checkpoint, load_module_strict=not self.args.use_lora)
             else:
@@ -130,9 +130,11 @@ class SafeTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         batches, self.step_batches = self.step_batches, []
         if norm is None:  # a DeepSpeed config may do without
-            norm = math.inf if self.accelerator.optimizer_step_was_skipped else 0.0
-        if not 0 <= float(norm) < math.inf:
-            self._stop_or_skip(float(norm), batches)
+            value = math.inf if self.accelerator.optimizer_step_was_skipped else 0.0
+        else:
+            value = float(norm)
+        if not 0 <= value < math.inf:
+            self._stop_or_skip(value, batches)
         elif self.spikes:
             loss = self.accelerator.reduce(sum(loss for _, loss in batches), "mean").item()
             if self.spikes.is_spike(loss):
