@@ -18,7 +18,7 @@ def first_line(error):
     return str(error).strip().split("\n")[0]
 
 
-def first_to_fail(message):
+def first_to_fail(message, code=1):
     """Whether this is the first process of this machine to fail; under torchrun, leave the message for its last line.
 
     torchrun gives each process the name of an error file, .../attempt_N/LOCAL_RANK/error.json.
@@ -31,7 +31,7 @@ def first_to_fail(message):
     except FileExistsError:
         return False
     with open(error_file, "w", encoding="utf-8") as file:
-        json.dump({"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}, file)
+        json.dump({"message": {"message": message, "extraInfo": {"timestamp": int(time.time()), "code": code}}}, file)
     return True
 
 
@@ -67,7 +67,7 @@ def user_errors_end_the_program():
             signal.signal(signal.SIGINT, _end_at_once)
     except UserError as error:
         sys.stdout.flush()
-        if first_to_fail(f"error: {error}"):
+        if first_to_fail(f"error: {error}", error.exit_code):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -85,13 +85,18 @@ class Rank:
         return self.process.poll()
 
     @property
-    def message(self):
-        """What it said when it failed; None if it has not, or another rank of this machine was the first."""
+    def said(self):
+        """(message, exit code) when it failed; None if it has not, or another rank of this machine was the first."""
         try:
             with open(self.error_file, encoding="utf-8") as file:
-                return json.load(file)["message"]["message"]
+                said = json.load(file)["message"]
+                return said["message"], said["extraInfo"]["code"]
         except (FileNotFoundError, json.JSONDecodeError):  # or it is being written
             return None
+
+    @property
+    def message(self):
+        return self.said and self.said[0]
 
     @property
     def is_stopped(self):
@@ -120,7 +125,7 @@ def first_failure(ranks):
     for rank in ranks:
         code, message = rank.code, rank.message
         if code is None and message:  # it has said why, but another rank was faster to exit
-            code = 2 if message.startswith("error: ") else 1
+            code = rank.said[1]
         if code:
             followed = code > 0 or code == -signal.SIGABRT  # which NCCL sends itself when another rank has failed
             found.append((followed, message is None, rank.number, code, message))

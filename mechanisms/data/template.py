@@ -150,12 +150,13 @@ class ChatTemplate:
         if start < len(HEADER) or not text.startswith(ending, start):
             raise BadRecord([("the rendering cannot be walked", "the answer does not begin as the prompt for it ends")])
         start += len(ending)
-        if END not in text[start:]:
+        end = text.find(END, start) + len(END)
+        if end < start:
             # The template leaves the last turn open (Qwen1.5's does): without its end token the model would never
             # learn to stop.
             notices[OPEN_END] += 1
             text += END
-        end = text.index(END, start) + len(END)
+            end = len(text)
         self.check_words(answer, text[start:end], mode, notices)
         return text, start, end
 

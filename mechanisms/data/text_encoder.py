@@ -74,6 +74,8 @@ class TextEncoder:
         if self.tiktoken and not OTHER.search(text):
             first, end, rest = text.partition("<|im_end|>")  # a control token: what stands around it is apart
             try:
+                if not rest:  # an answer, or the line break after it
+                    return self.tiktoken_ids(text) if end else list(self.beginning(text))
                 return self.beginning(first + end) + self.tiktoken_ids(rest)
             except ValueError:
                 pass  # thousands of blanks in a row are more than its regex engine can remember
