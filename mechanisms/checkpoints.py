@@ -26,6 +26,7 @@ from mechanisms.finite import all_finite
 from mechanisms.paths import MANIFEST, checkpoints_in, digest_of, flush, size_of, usual_mode
 
 MORE_STEPS = "steps"  # the one fact of a run that may grow
+ANY = "any"  # a fact that a run does not ask of its checkpoint
 ABANDONED = "abandoned"  # folder in the output folder for what is not resumed from any more
 SMALL = 1 << 20  # bytes of a file whose digest is verified even where sizes are enough
 LARGEST_MANIFEST = 1 << 26
@@ -332,7 +333,7 @@ def differences(before: dict, now: dict, defaults: dict) -> tuple[list[str], lis
     forbidden, notes = [], []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name, defaults.get(name)), now.get(name, defaults.get(name))
-        if _content(old) == _content(new):
+        if _content(old) == _content(new) or new == ANY:
             continue
         line = f"{name}: {_shown(old)} in the checkpoint, {_shown(new)} now"
         more = name == MORE_STEPS and old is not None and new > old

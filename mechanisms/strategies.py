@@ -12,6 +12,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
+from mechanisms.checkpoints import ANY
 from mechanisms.errors import UserError
 from mechanisms.memory import Setup
 from mechanisms.paths import deepspeed_file
@@ -102,10 +103,8 @@ def resume_facts(training_args):
     deepspeed = _deepspeed(training_args)
     if not deepspeed:
         return {"sharding": "FSDP" if training_args.fsdp else "none"}
-    facts = {"sharding": strategy_name(training_args)}
-    if not deepspeed.config.get("checkpoint", {}).get("load_universal"):
-        facts["ranks"] = training_args.world_size
-    return facts
+    universal = deepspeed.config.get("checkpoint", {}).get("load_universal")
+    return {"sharding": strategy_name(training_args), "ranks": ANY if universal else training_args.world_size}
 
 
 def impossible(training_args, lora_args):

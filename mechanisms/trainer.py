@@ -120,7 +120,7 @@ class SafeTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = dict(inputs)
-        numbers = inputs.pop("numbers")
+        numbers = inputs.pop("numbers", [])  # none from a data loader of another making
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_batches.append((numbers, loss))
         return loss
