@@ -8,7 +8,7 @@ The life of a sample, top to bottom in this file:
 
   JSON record -> messages -> input_ids and labels -> batch -> loss -> checkpoint
 
-The same command given again goes on from the newest complete checkpoint.
+The same command given again resumes from the newest complete checkpoint.
 """
 
 import sys
@@ -133,7 +133,7 @@ class TrainingArguments(transformers.TrainingArguments):
         "help": "float16 mixed precision, for GPUs without bfloat16.", "nargs": "?", "const": True})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines (below 1: share of all)."})
     resume_from_checkpoint: str = field(default=None, metadata={
-        "help": "Unset: go on from the newest complete checkpoint in --output_dir, if any. True: there must be one. "
+        "help": "Unset: resume from the newest complete checkpoint in --output_dir, if any. True: there must be one. "
                 "False: start over, in a folder without results. Or the path of a checkpoint.",
         "metavar": "True|False|FOLDER", "exists": "checkpoint"})
     verify_checkpoint: Literal["full", "sizes"] = field(default="full", metadata={

@@ -238,7 +238,7 @@ def set_aside(output_dir, checkpoint):
             number += 1
             target = os.path.join(output_dir, ABANDONED, f"{os.path.basename(path)}.{number}")
         os.replace(path, target)
-        why = f"ahead of step {start}, from where this run goes on" if ahead and is_whole(target) else "not complete"
+        why = f"ahead of step {start}, from where this run resumes" if ahead and is_whole(target) else "not complete"
         lines.append(f"{path} is moved to {target}: {why}")
     return lines
 

@@ -53,7 +53,7 @@ class SaveOnRequest(TrainerCallback):
         if request == SAVE:
             say(f"Saved as asked: {line}, training goes on")
         else:
-            say(f"Ended by {name_of(request)}: {line}, the same command goes on")
+            say(f"Ended by {name_of(request)}: {line}, the same command resumes")
             if torch.distributed.is_initialized():  # an interpreter that ends with open connections may abort
                 torch.distributed.destroy_process_group()
             sys.exit(exit_code(request) if saved else 1)

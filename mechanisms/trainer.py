@@ -332,7 +332,7 @@ class SafeTrainer(Trainer):
         if failure:
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            raise UserError(f"the result is not saved to {out}: {failure}. The same command goes on from the newest "
+            raise UserError(f"the result is not saved to {out}: {failure}. The same command resumes from the newest "
                             "checkpoint and saves it again")
 
     def _take_over(self, unfinished):

@@ -86,7 +86,7 @@ def test_requests_are_saved_and_change_no_number(start, arguments, undisturbed, 
     output = run.ends(0, seconds=60)
     assert len(complete(out)) == 3 and output.count("Saved as asked: checkpoint-") == 2 and "Done:" not in output
     newest = complete(out)[-1]
-    assert output.splitlines()[-1] == f"Ended by SIGUSR2: checkpoint-{newest} is complete, the same command goes on"
+    assert output.splitlines()[-1] == f"Ended by SIGUSR2: checkpoint-{newest} is complete, the same command resumes"
     assert newest < STEPS and not processes_of(out)
 
     ways = ((signal.SIGTERM, 143, lambda run: all_processes(run)), (signal.SIGINT, 130, lambda run: [run.process]),

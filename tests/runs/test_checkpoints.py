@@ -229,7 +229,7 @@ def test_a_branch_leaves_the_other_ones_checkpoints_behind(train, out, finished,
     train("--resume_from_checkpoint", out / "checkpoint-2", "--save_total_limit", 2, "--max_steps", 6)
     assert names(out) == ["checkpoint-4", "checkpoint-6"]
     assert names(out / "abandoned") == ["checkpoint-4", "checkpoint-6"]
-    assert "ahead of step 2, from where this run goes on" in capsys.readouterr().out
+    assert "ahead of step 2, from where this run resumes" in capsys.readouterr().out
     same_end(out, finished)
     train("--resume_from_checkpoint", out / "checkpoint-4")
     assert names(out / "abandoned") == ["checkpoint-4", "checkpoint-6", "checkpoint-6.2"]

@@ -1,4 +1,4 @@
-"""The same command goes on; another one is refused with the difference named, or changes only what it may."""
+"""The same command resumes; another one is refused with the difference named, or changes only what it may."""
 
 import shutil
 
