@@ -31,6 +31,7 @@ LAST_WORDS = 10  # seconds in which ranks that have waited for one in vain end o
 IN_VAIN = re.compile(r"Timed out waiting \d+ms|collective operation timeout")  # as gloo and NCCL say it
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
+ENVIRONMENT = dict(os.environ)  # of the ranks
 
 # How a run ends: the launchers' exit code and, if it failed, their last line
 End = collections.namedtuple("End", "code line", defaults=(None,))
@@ -76,7 +77,7 @@ class Rank:
 
         self.process = subprocess.Popen(
             command, start_new_session=True, preexec_fn=begin,
-            env={**os.environ, **environment, "RANK": str(number), "LOCAL_RANK": str(local_number),
+            env={**ENVIRONMENT, **environment, "RANK": str(number), "LOCAL_RANK": str(local_number),
                  "TORCHELASTIC_ERROR_FILE": self.error_file})
 
     @property
@@ -209,6 +210,7 @@ class Machines:
     environment = {}
 
     def __init__(self, count, number, address, port, name):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else its stack is shown when machine 0 has gone
         from torch.distributed import PrefixStore, TCPStore
 
         self.count, self.number, self.address = count, number, address
