@@ -131,7 +131,8 @@ def test_nothing_stays_behind_when_the_launcher_of_one_node_is_killed(start_on_t
     other.process.wait(60)
     assert other.process.returncode == 1 and not processes_of(steps)
     # (torch may still print where in its C++ it was.)
-    assert re.search("^(machine 0 has gone|rank . failed first: RuntimeError)", other.output, re.MULTILINE), other.output
+    said = "^(machine 0 has gone|rank . failed first: RuntimeError)"
+    assert re.search(said, other.output, re.MULTILINE), other.output
 
 
 def test_one_message_where_the_data_is_bad(start, make_model, folder):
