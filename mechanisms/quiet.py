@@ -21,6 +21,11 @@ def silence():
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
+    # DeepSpeed announces on every import that it has found no GPU, and Trainer imports it. Naming the
+    # accelerator keeps it from looking.
+    if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
     # On CPUs with bfloat16 instructions bitsandbytes remarks that it has not found a package with other kernels.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

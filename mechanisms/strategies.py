@@ -55,14 +55,12 @@ def prepare_ranks(argv):
     parser.add_argument("--deepspeed", nargs="?")
     parser.add_argument("--ddp_timeout", type=int, default=TrainingArguments.ddp_timeout)
     args, on_cpu = parser.parse_known_args(argv)[0], not torch.accelerator.is_available()
-    if (args.deepspeed or "none").lower() != "none":
-        if on_cpu:  # else DeepSpeed announces at every import that it has found no accelerator
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "RANK" not in os.environ:  # a single process, without torchrun: DeepSpeed would look for MPI
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if (args.deepspeed or "none").lower() != "none" and "RANK" not in os.environ:
+        # A single process, without torchrun: DeepSpeed would look for MPI.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         stay_on_the_loopback()
         if on_cpu and not torch.distributed.is_initialized():  # transformers does not pass --ddp_timeout on to gloo
