@@ -149,8 +149,8 @@ class SafeTrainer(Trainer):
         if not lost and self._scales_the_loss():
             self.skipped_steps += 1
             return
-        what = f"the loss is not a number any more ({lost[0][0]})" if lost else \
-            f"the gradient norm is not a number any more ({norm})"
+        what = f"the loss became NaN or infinite ({lost[0][0]})" if lost else \
+            f"the gradient norm became NaN or infinite ({norm})"
         raise NotFinite(what, self.state.global_step + 1, self._get_learning_rate(),
                         [place for _, places in lost or found for place in places])
 
@@ -196,7 +196,7 @@ class SafeTrainer(Trainer):
         loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         if not math.isfinite(loss):
-            raise NotFinite(f"the loss in evaluation is not a number ({loss})", self.state.global_step,
+            raise NotFinite(f"the loss in evaluation is NaN or infinite ({loss})", self.state.global_step,
                             self._get_learning_rate())
         return output
 

@@ -69,7 +69,7 @@ def test_a_learning_rate_that_destroys_the_model_ends_with_3_and_leaves_whole_ch
     for _ in range(2):  # the second goes on from where the first stopped, and stops there too
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 3 and "Traceback" not in run.stderr, run.stderr
-        assert re.search(r"not a number any more \((nan|inf)\) at step [23], learning rate \S+", run.stderr)
+        assert re.search(r"became NaN or infinite \((nan|inf)\) at step [23], learning rate \S+", run.stderr)
         assert re.search(r"Records of that step: \S+\.jsonl?:\d+, ", run.stderr)
         assert not list(out.glob("*.safetensors"))
         [last] = whole(out)
@@ -85,7 +85,7 @@ def test_the_records_of_a_lost_loss_are_named(train, records, poisoned, tmp_path
     with pytest.raises(NotFinite) as stopped:
         train("--max_steps", 20, "--save_strategy", "no", *flags, model=poisoned, data=data)
     message = str(stopped.value)
-    assert "the loss is not a number any more (nan) at step" in message and f"{data}:7" in message
+    assert "the loss became NaN or infinite (nan) at step" in message and f"{data}:7" in message
     [line] = [line for line in message.split("\n") if "Records" in line]
     assert line.count("data.jsonl:") == named
 
@@ -111,7 +111,7 @@ def test_a_gradient_that_is_lost_behind_a_good_loss_stops_the_run(train, tmp_pat
 
     plain = None
     monkeypatch.setattr(trainer.SafeTrainer, "create_optimizer", remember)
-    with pytest.raises(NotFinite, match=r"gradient norm is not a number any more \((inf|nan)\) at step 3"):
+    with pytest.raises(NotFinite, match=r"gradient norm became NaN or infinite \((inf|nan)\) at step 3"):
         train()
     assert whole(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
 
@@ -156,7 +156,7 @@ def test_weights_that_the_last_step_lost_are_not_saved(train, tmp_path, monkeypa
 
 
 def test_a_lost_evaluation_is_no_result(train, records, poisoned, tmp_path):
-    with pytest.raises(NotFinite, match=r"loss in evaluation is not a number \(nan\) at step 4"):
+    with pytest.raises(NotFinite, match=r"loss in evaluation is NaN or infinite \(nan\) at step 4"):
         train("--save_strategy", "no", "--eval_data_path", records(3, rare=2, name="eval.jsonl"), model=poisoned,
               data=records(24))
     assert not list((tmp_path / "out").glob("*.safetensors"))
