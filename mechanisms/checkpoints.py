@@ -9,7 +9,6 @@ back.
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -23,7 +22,16 @@ from safetensors import SafetensorError, safe_open
 
 from mechanisms.errors import UserError
 from mechanisms.finite import all_finite
-from mechanisms.paths import MANIFEST, checkpoints_in, digest_of, flush, size_of, usual_mode
+from mechanisms.paths import (
+    MANIFEST,
+    checkpoints_in,
+    digest_of,
+    digest_of_json,
+    flush,
+    size_of,
+    step_of,
+    usual_mode,
+)
 
 MORE_STEPS = "steps"  # the one fact of a run that may grow
 ANY = "any"  # a fact that a run does not ask of its checkpoint
@@ -68,7 +76,7 @@ def write_manifest(folder, run, resumable=True, ranks=1):
     manifest = {"step": step_of(folder), "ranks": ranks, "run": run, "resumable": resumable, "files": settle(folder)}
     unfinished = os.path.join(folder, MANIFEST + ".unfinished")
     with open(unfinished, "w", encoding="utf-8") as file:
-        json.dump({**manifest, "digest": _digest(manifest)}, file, indent=1)
+        json.dump({**manifest, "digest": digest_of_json(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, os.path.join(folder, MANIFEST))
@@ -87,12 +95,6 @@ def remove(folder):
     """Delete a checkpoint so that what a kill leaves of it is no complete one. Raises OSError."""
     remove_manifest(folder)
     shutil.rmtree(folder)
-
-
-def step_of(folder):
-    """N of .../checkpoint-N; None for any other name."""
-    match = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(folder)))
-    return int(match[1]) if match else None
 
 
 def read_manifest(folder, verify="full"):
@@ -157,7 +159,7 @@ def _read(path):
         return damaged
     if not isinstance(manifest, dict) or "digest" not in manifest:
         return f"{MANIFEST} is damaged, or of an earlier version of this program"
-    if manifest.pop("digest") != _digest(manifest) or not _well_formed(manifest):
+    if manifest.pop("digest") != digest_of_json(manifest) or not _well_formed(manifest):
         return damaged
     return manifest
 
@@ -176,10 +178,6 @@ def _well_formed(manifest):
 def _is_below(name):
     """Whether the path is one below the folder it is relative to."""
     return os.path.normpath(name) == name and not os.path.isabs(name) and name.split(os.sep)[0] != os.pardir
-
-
-def _digest(manifest):
-    return hashlib.blake2b(json.dumps(manifest).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _weights_are_finite(path):

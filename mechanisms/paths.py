@@ -73,6 +73,11 @@ def digest_of(path):
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
+def digest_of_json(value):
+    """Hex digest of a JSON value: with it, a file of JSON shows its own damage."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
 def flush(path):
     """Have the system write a file or folder to its disk: it is there after a loss of power. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -101,9 +106,14 @@ def checkpoints_in(output_dir):
     """checkpoint-N folders, newest (largest N) first."""
     if not os.path.isdir(output_dir):
         return []
-    matches = map(re.compile(r"checkpoint-(\d+)").fullmatch, os.listdir(output_dir))
-    found = [(int(match[1]), match[0]) for match in matches if match]
+    found = [(step, name) for name in os.listdir(output_dir) if (step := step_of(name)) is not None]
     return [os.path.join(output_dir, name) for _, name in sorted(found, reverse=True)]
+
+
+def step_of(folder):
+    """N of .../checkpoint-N; None for any other name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(folder)))
+    return int(match[1]) if match else None
 
 
 def find_base(path, base_model=None):

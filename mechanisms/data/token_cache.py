@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mechanisms.paths import digest_of, flush
+from mechanisms.paths import digest_of, digest_of_json, flush
 
 REPORT, IDS, UNFINISHED = "report.json", "input_ids.int32", ".unfinished"
 ARRAYS = {IDS: np.int32, "trained.bool": np.bool_, "offsets.int64": np.int64, "digests.uint64": np.uint64,
@@ -123,7 +123,7 @@ class TokenCache:
                 manifest = {"report": make_report(),
                             "files": {name: [os.path.getsize(path), digest_of(path)] for name, path in paths.items()}}
                 with open(os.path.join(unfinished, REPORT), "w", encoding="utf-8") as file:
-                    json.dump({**manifest, "digest": _digest(manifest)}, file)
+                    json.dump({**manifest, "digest": digest_of_json(manifest)}, file)
                     file.flush()
                     os.fsync(file.fileno())
                 flush(unfinished)
@@ -162,10 +162,6 @@ def _append(file, array):
     file.write(np.ascontiguousarray(array).view(np.uint8).data)  # tofile would not say why it failed
 
 
-def _digest(manifest):
-    return hashlib.blake2b(json.dumps(manifest).encode(), digest_size=16).hexdigest()
-
-
 def _read_manifest(folder):
     """What `write` put beside the arrays. Raises DamagedCache."""
     try:
@@ -175,7 +171,7 @@ def _read_manifest(folder):
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError, FileNotFoundError,
             IsADirectoryError) as error:
         raise DamagedCache(f"{REPORT} is damaged or missing") from error
-    if digest != _digest(manifest):
+    if digest != digest_of_json(manifest):
         raise DamagedCache(f"{REPORT} is not as it was written")
     return manifest
 

@@ -123,7 +123,7 @@ def hostile_manifests(manifest):
     def changed(**fields):
         new = {name: value for name, value in {**manifest, **fields}.items() if value is not ...}
         new.pop("digest", None)
-        return json.dumps({**new, "digest": checkpoints._digest(new)}).encode()
+        return json.dumps({**new, "digest": checkpoints.digest_of_json(new)}).encode()
 
     files, run = manifest["files"], manifest["run"]
     file = next(iter(files.values()))
