@@ -74,7 +74,9 @@ def test_an_unknown_optimizer_counts_as_adamw_and_is_named(monkeypatch):
     ("sgd", "momentum=0.9"), ("adagrad", None), ("rmsprop", None), ("rmsprop", "momentum=0.9"), ("adamw_8bit", None),
     ("adamw_bnb_8bit", None), ("ademamix_8bit", None), ("lion_8bit", None), ("lion_32bit", None),
     ("paged_adamw_32bit", None), ("paged_adamw_8bit", None), ("paged_lion_8bit", None), ("rmsprop_bnb_8bit", None)])
-def test_bytes_of_optimizers(optim, optim_args, tmp_path):
+def test_bytes_of_optimizers(optim, optim_args, tmp_path, monkeypatch):
+    # bitsandbytes remembers, for the whole process, which numbers of parameters an earlier run kept in 32 bits.
+    monkeypatch.setattr(GlobalOptimManager, "_instance", None)
     arguments = TrainingArguments(output_dir=tmp_path, optim=optim, optim_args=optim_args, use_cpu=True)
     optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     weight = torch.nn.Parameter(torch.randn(512, 512))
