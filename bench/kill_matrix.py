@@ -14,12 +14,15 @@ workers and the best model loaded at the end:
   damaged                killed at the end; then a file of the newest checkpoint is cut, zeroed, missing or has a bit
                          flipped
   not finite             the gradient of one rank is nan at a step that is saved, at the last, at another
+  signal                 SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 at the event, to one rank or to all
+  launcher               of several ranks, started as users do: SIGTERM to the launcher, SIGKILL to it, SIGKILL to a
+                         rank under --max_restarts, SIGUSR2 to every process
   branch                 resumed from an older checkpoint beside newer ones, and killed
   two at once            a second run starts in the folder
 
 Then the same command again must end with 0, with the same weights and the same log of losses, gradient norms, learning
-rates and evaluations, bit by bit. All processes are forks of this one, which has imported everything: a case takes
-seconds. Prints a line for each case that does not end so, and the table. Exits with 1 if there is one.
+rates and evaluations, bit by bit. All processes but a launcher's are forks of this one, which has imported everything:
+a case takes seconds. Prints a line for each case that does not end so, and the table. Exits with 1 if there is one.
 """
 
 import argparse
@@ -31,6 +34,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -45,10 +49,12 @@ from mechanisms.quiet import silence  # noqa: E402
 
 silence()
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 
 import finetune  # noqa: E402
 from examples.make_tiny_model import EXAMPLES, example_texts, make_tiny_model  # noqa: E402
+from mechanisms import signals  # noqa: E402
 from mechanisms import trainer as trainer_module  # noqa: E402
 from mechanisms.errors import user_errors_end_the_program  # noqa: E402
 from mechanisms.paths import MANIFEST, checkpoints_in  # noqa: E402
@@ -64,6 +70,8 @@ VARIANTS = {"rotation": [], "packing": ["--packing", "True", "--model_max_length
             "lazy": ["--lazy_preprocess", "True"], "workers": ["--dataloader_num_workers", "1"],
             "best": ["--eval_ratio", "0.2", "--eval_strategy", "steps", "--eval_steps", "2",
                      "--load_best_model_at_end", "True", "--metric_for_best_model", "loss"]}
+LONG_RUN = ["--max_steps", "80", "--save_steps", "20"]  # in whose middle a launcher gets its signal
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGUSR2: 0}  # exit codes
 DAMAGE = {"cut": lambda content: content[:len(content) // 2], "zeroed": lambda content: bytes(len(content)),
           "bit flipped": lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:], "missing": None}
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree"}
@@ -75,10 +83,13 @@ NEED_ROOM = {"open", "os.mkdir"}
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Disturbance:
-    """What happens to a rank at the event number `at` of its output folder; at=None: the events are counted only."""
+    """What happens to a rank at the event number `at` of its output folder; at=None: the events are counted only.
 
-    def __init__(self, out, kind=None, at=None):
-        self.out, self.kind, self.at, self.events, self.busy = str(out), kind, at, 0, False
+    kind: one of those above, or a signal, which goes `to_all` ranks or to this one.
+    """
+
+    def __init__(self, out, kind=None, at=None, to_all=False):
+        self.out, self.kind, self.at, self.to_all, self.events, self.busy = str(out), kind, at, to_all, 0, False
         self.flushed, self.listed = {}, {}
 
     def arm(self):
@@ -98,6 +109,9 @@ class Disturbance:
                 raise OSError(28, os.strerror(28), args[0])
             return
         self.busy = True
+        if isinstance(self.kind, signal.Signals):
+            os.killpg(0, self.kind) if self.to_all else os.kill(os.getpid(), self.kind)
+            return
         if self.kind == "killed, half written":
             newest = max(self.files(), key=lambda path: path.stat().st_mtime_ns, default=None)
             if newest:
@@ -162,6 +176,7 @@ class Runs:
     """Runs of one cell: forks of this process, what they print in a file."""
 
     def __init__(self, cell, folder):
+        self.cell = cell
         method, strategy = cell.split(", ")
         self.ranks, flags = STRATEGIES[strategy]
         self.flags, self.folder, self.references = METHODS[method] + flags, folder, {}
@@ -170,7 +185,8 @@ class Runs:
         words = ["--model_name_or_path", self.folder.parent / "model-instruct", "--data_path", EXAMPLES / "data",
                  "--output_dir", out, "--cache_dir", self.folder.parent / "cache", "--max_steps", STEPS,
                  "--save_steps", 2, "--save_total_limit", 2, "--logging_steps", 1, "--per_device_train_batch_size", 2,
-                 "--learning_rate", "5e-3", "--warmup_steps", 2, *self.flags, *VARIANTS[variant]]
+                 "--learning_rate", "5e-3", "--warmup_steps", 2, *self.flags,
+                 *(LONG_RUN if variant == "launcher" else VARIANTS[variant])]
         return [str(word) for word in words]
 
     def start(self, argv, log, prepare=None):
@@ -185,12 +201,13 @@ class Runs:
             if not pid:
                 self._be(rank, port, argv, log, prepare)
             ids.append(pid)
+            os.setpgid(pid, ids[0])  # one process group, as a launcher's ranks are
         return ids
 
     def _be(self, rank, port, argv, log, prepare):
         code = 1
         try:
-            os.setpgid(0, 0)
+            signals.install()
             with open(log, "a") as file, open(os.devnull) as nothing:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
@@ -231,14 +248,33 @@ class Runs:
                     if code and not first:
                         first, deadline = code, time.monotonic() + 2  # as torchrun does, if more gently
             time.sleep(0.02)
+        if left:
+            os.killpg(ids[0], signal.SIGKILL)
         for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         return first if first or not left else None
 
     def run(self, out, variant, log, prepare=None, flags=()):
         return self.end(self.start([*self.argv(out, variant), *map(str, flags)], log, prepare))
+
+    def launch(self, out, log, way):
+        """Start it as users do and, in the middle, do to it what the number `way` says. Returns a complaint or None."""
+        program = [sys.executable, "mechanisms/torchrun.py", "--nproc_per_node", str(self.ranks), "--max_restarts", "1"]
+        with open(log, "a") as file:
+            launcher = subprocess.Popen([*program, "finetune.py", *self.argv(out, "launcher")], cwd=ROOT, stdout=file,
+                                        stderr=file, stdin=subprocess.DEVNULL, start_new_session=True,
+                                        env={**os.environ, "DS_ACCELERATOR": "cpu"})
+        while launcher.poll() is None and not (out / "checkpoint-20" / MANIFEST).exists():
+            time.sleep(0.01)
+        processes = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+        number, receivers, code = (
+            (signal.SIGTERM, processes[:1], 143), (signal.SIGKILL, processes[:1], -9),
+            (signal.SIGKILL, processes[2:3], 0), (signal.SIGUSR2, processes, 0))[way % 4]
+        for process in receivers:
+            process.send_signal(number)
+        ended = launcher.wait(PATIENCE)
+        left = psutil.wait_procs(processes, 10)[1]
+        return None if ended == code and not left else f"the launcher ended with {ended}, {len(left)} processes left"
 
     def reference(self, variant):
         """(what a run that nothing disturbs ends with, number of its events)."""
@@ -274,7 +310,7 @@ def end_of(out):
 def cases(wanted):
     """[(kind, number among its kind)], about `wanted` of them, every kind at least once."""
     shares = {"killed": 9, "killed, half written": 5, "power loss": 7, "disk full": 5, "damaged": 8, "not finite": 3,
-              "branch": 1, "two at once": 1}
+              "signal": 4, "launcher": 1, "branch": 1, "two at once": 1}
     total = sum(shares.values())
     return {kind: max(1, round(share * wanted / total)) for kind, share in shares.items()}
 
@@ -299,6 +335,13 @@ def disturb(runs, kind, number, count, variant, out, log):
         said = log.read_text()
         right = code == 3 and f"at step {step}" in said and "Records of that step" in said and "Traceback" not in said
         return None if right and not list(out.glob("*.safetensors")) else f"ended with {code}"
+    if kind == "signal":
+        number_sent, allowed = list(SIGNALS.items())[number % len(SIGNALS)]
+        at = int((0.3 + 0.7 * share) * events)  # steps have begun
+        code = runs.run(out, variant, log, lambda rank: rank or Disturbance(out, number_sent, at, number % 2).arm())
+        return None if code == allowed and "Traceback" not in log.read_text() else f"ended with {code}"
+    if kind == "launcher":
+        return runs.launch(out, log, CELLS.index(runs.cell) + number)
     if kind == "two at once":
         first = runs.start(runs.argv(out, variant), log)
         while not (out / "run.lock").exists():
@@ -335,7 +378,7 @@ def verdict(runs, kind, number, count, variant, out, log):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, metavar="CELL")
-    parser.add_argument("--cases", type=int, default=39, help="of each cell, about")
+    parser.add_argument("--cases", type=int, default=44, help="of each cell, about")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill_matrix."))
     make_tiny_model(folder / "model-instruct", example_texts(), num_layers=2, hidden_size=64)
@@ -345,8 +388,8 @@ def main():
         runs, found = Runs(cell, folder / cell), collections.Counter()
         variants = itertools.cycle(VARIANTS)
         for kind, count in cases(args.cases).items():
-            for number in range(count):
-                variant = next(variants)
+            for number in range(count if kind != "launcher" or runs.ranks > 1 else 0):
+                variant = next(variants) if kind != "launcher" else kind
                 out, log = folder / cell / f"{kind} {number}", folder / cell / f"{kind} {number}.log"
                 said = verdict(runs, kind, number, count, variant, out, log)
                 found[said.split(":")[0]] += 1
