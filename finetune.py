@@ -266,7 +266,8 @@ def prepare_datasets(data_args, training_args, tokenizer):
         files = find_files(paths or [], problems)
         if files:
             datasets[name], reports[name] = load_dataset(
-                files, encoder, training_args.cache_dir, data_args.lazy_preprocess, training_args.main_process_first)
+                files, encoder, training_args.cache_dir, data_args.lazy_preprocess,
+                functools.partial(strategies.first_before_others, training_args))
             problems.extend(reports[name].problems)
     problems.stop_or_skip(data_args.skip_bad_rows)
     train, evaluation = datasets["train"], datasets.get("eval")

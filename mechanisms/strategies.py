@@ -183,6 +183,50 @@ def on_first_rank(context):
         yield
 
 
+@contextlib.contextmanager
+def first_before_others(training_args):
+    """As `TrainingArguments.main_process_first`, but work that goes on is waited for as long as it takes.
+
+    Gives a function to call after each piece of it: --ddp_timeout is for one piece then, not for all of the work.
+    """
+    if training_args.world_size == 1:
+        yield lambda: None
+        return
+    rounds = _Rounds(training_args.device)
+    if training_args.local_process_index:
+        rounds.until_nobody_is_at_work()
+        yield lambda: None
+        return
+    try:
+        yield rounds.at_work
+    finally:
+        rounds.until_nobody_is_at_work()
+
+
+class _Rounds:
+    """In each round every rank says whether it is at work; who is, does not wait for the others to say so."""
+
+    def __init__(self, device):
+        self.device, self.sent = device, None
+
+    def at_work(self):
+        if self.sent is None or self.sent.is_completed():
+            self.sent = self._say(1)[0]
+
+    def until_nobody_is_at_work(self):
+        if self.sent is not None:
+            self.sent.wait()
+        while True:
+            sent, number = self._say(0)
+            sent.wait()
+            if not number.item():
+                return
+
+    def _say(self, number):
+        number = torch.tensor(number, dtype=torch.int32, device=self.device)
+        return torch.distributed.all_reduce(number, async_op=True), number
+
+
 def by_first_rank(function):
     """function() of the first rank, for all of them: files must not look different to another. What it raises, a
     UserError or OSError, is raised on all."""

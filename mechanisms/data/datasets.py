@@ -50,24 +50,25 @@ def to_conversations(records: Iterable, problems: Problems, notices: dict) -> It
 
 
 def load_dataset(files: list[str], encoder: ConversationEncoder, cache_dir: str | None = None, lazy: bool = False,
-                 main_process_first: Callable[[], AbstractContextManager] = contextlib.nullcontext):
+                 first_before_others: Callable[[], AbstractContextManager[Callable[[], None]]] | None = None):
     """Files -> (dataset, DataReport). Tokenized once per node; the other ranks, and later runs, read the cache.
 
     Args:
         cache_dir: parent of the folder of tokens (default: below Hugging Face's cache).
         lazy: keep no tokens; each sample is tokenized when it is needed.
-        main_process_first: makes a context which the first process of a node enters before the others.
+        first_before_others: makes a context which the first process of a node enters before the others. What it gives
+            is called after each piece of work, so that those who wait know of it.
     """
     report = DataReport()
     if lazy:
         return load_lazily(files, encoder, report), report
     cache_root = cache_dir or os.path.join(HF_HOME, "finetune_tokens")
-    with main_process_first():
+    with first_before_others() if first_before_others else contextlib.nullcontext(lambda: None) as at_work:
         folder = os.path.join(cache_root, f"tokens-{cache_key(files, encoder)}")
         try:
             cache = open_cache(folder, files)
             if cache is None:
-                TokenCache.write(folder, tokenize(files, encoder, report), report.to_json)
+                TokenCache.write(folder, tokenize(files, encoder, report, at_work), report.to_json)
                 cache = TokenCache(folder, files)
         except OSError as error:
             raise UserError(f"the cache of tokens {folder} cannot be used: {error.strerror or error}. Give another "
@@ -87,8 +88,12 @@ def open_cache(folder: str, files: list[str]) -> TokenCache | None:
         return None
 
 
-def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport) -> Iterator[TokenizedSamples]:
-    """Yield the TokenizedSamples worth training on; everything else is counted in `report`."""
+def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport,
+             at_work: Callable[[], None] = lambda: None) -> Iterator[TokenizedSamples]:
+    """Yield the TokenizedSamples worth training on; everything else is counted in `report`.
+
+    at_work is called after each of them.
+    """
 
     def encode(records):
         """Some (Place, record) pairs -> their TokenizedSamples and DataReport; runs in another process."""
@@ -117,6 +122,7 @@ def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport)
     for samples, found in on_all_cores(encode, groups):
         report.add(found)
         yield samples
+        at_work()
     report.problems.rejected.sort(key=lambda row: (files.index(row["file"]), row["line"]))  # reading is ahead
 
 

@@ -264,6 +264,37 @@ def test_a_rank_that_hangs_is_named(start, arguments, folder):
     assert gone(processes)
 
 
+@pytest.mark.parametrize("pieces, code", [([1] * 5, 0), ([1, 3600], 1)])
+def test_work_that_goes_on_is_waited_for(start, folder, pieces, code):
+    """The first rank takes longer than --ddp_timeout before the others may enter; only a piece of work may not."""
+    program = folder / "working.py"
+    program.write_text(f"""
+import sys, time
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+from mechanisms import strategies
+from mechanisms.errors import user_errors_end_the_program
+with user_errors_end_the_program():
+    strategies.prepare_ranks(["--ddp_timeout", "3"])
+    import os, torch
+    rank = int(os.environ["RANK"])
+    args = SimpleNamespace(world_size=3, local_process_index=rank, device="cpu")
+    with strategies.first_before_others(args) as at_work:
+        for piece in {pieces} if rank == 0 else []:
+            time.sleep(piece)
+            at_work()
+        print("rank", rank, flush=True)
+    torch.distributed.barrier()
+""")
+    output = start([*LAUNCHER, 3, program]).ends(code, seconds=100)
+    if code:
+        assert output.splitlines()[-1] == "rank 0 hung: the others waited for it as --ddp_timeout says"
+        assert "Timed out waiting 3000ms" in output and "rank 1\n" not in output
+    else:
+        ranks = re.findall("^rank (.)", output, re.MULTILINE)
+        assert ranks[0] == "0" and len(ranks) == 3
+
+
 def test_a_rank_that_sleeps_for_ever_is_named(start, folder):
     program = folder / "asleep.py"
     program.write_text(f"""

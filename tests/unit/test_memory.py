@@ -3,6 +3,7 @@
 import psutil
 import pytest
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from peft import LoraConfig
 from transformers import Qwen2Config, Trainer, TrainingArguments
 
