@@ -39,10 +39,10 @@ from safetensors import SafetensorError
 from mechanisms import checkpoints, console, dry_run, facts, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.console import say
-from mechanisms.data.datasets import PackedRows, load_dataset, split
+from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
-from mechanisms.errors import first_line
+from mechanisms.errors import Checks, first_line
 from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
 from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code, peft_name
 from mechanisms.lock import only_run_in
@@ -250,8 +250,24 @@ def prepare(argv):
     """
     argv = [*prepare_command_line(__file__, argv), "--deepspeed", "none"]  # which would look for other processes
     model_args, data_args, training_args, lora_args = parse_arguments(argv)
-    _, tokenizer = read_model_folder(model_args, training_args, lora_args)
-    return tokenizer, *prepare_datasets(data_args, training_args, tokenizer)
+    return read_model_and_data(model_args, data_args, training_args, lora_args, Checks())[1:]
+
+
+def read_model_and_data(model_args, data_args, training_args, lora_args, checks):
+    """-> (config, tokenizer, *prepare_datasets(...)). Raises UserError with all that is wrong with either.
+
+    checks: `Checks` that may have found something already.
+    """
+    tokenizer = None
+    with checks:
+        config, tokenizer = read_model_folder(model_args, training_args, lora_args)
+    with checks:
+        if tokenizer:
+            datasets = prepare_datasets(data_args, training_args, tokenizer)
+        else:
+            check_records([*data_args.data_path, *(data_args.eval_data_path or [])], data_args.skip_bad_rows)
+    checks.stop()
+    return config, tokenizer, *datasets
 
 
 def prepare_datasets(data_args, training_args, tokenizer):
@@ -435,13 +451,14 @@ def run(model_args, data_args, training_args, lora_args):
     arguments = model_args, data_args, training_args, lora_args
     if training_args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
-    checkpoint, notices = strategies.by_first_rank(lambda: checkpoints.checkpoint_to_resume(
-        training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
+    checks, notices = Checks(), []
+    with checks:
+        checkpoint, notices = strategies.by_first_rank(lambda: checkpoints.checkpoint_to_resume(
+            training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
     notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
     notices += strategies.compilation_locks() if training_args.deepspeed else []
     say(*[f"note: {notice}" for notice in notices])
-    config, tokenizer = read_model_folder(model_args, training_args, lora_args)
-    train_dataset, eval_dataset, reports = prepare_datasets(data_args, training_args, tokenizer)
+    config, tokenizer, train_dataset, eval_dataset, reports = read_model_and_data(*arguments, checks)
     prompt_note = set_default_mode(tokenizer, reports["train"].modes)
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)

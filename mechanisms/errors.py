@@ -14,6 +14,26 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Checks:
+    """Several checks, each done `with` this object: what they find is collected, for `stop` to raise at once."""
+
+    def __init__(self):
+        self.found = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if isinstance(error, UserError):
+            self.found.append(str(error))
+        return isinstance(error, UserError)
+
+    def stop(self):
+        """Raises UserError with everything that was found."""
+        if self.found:
+            raise UserError("\n       ".join(self.found))
+
+
 def first_line(error):
     return str(error).strip().split("\n")[0]
 

@@ -8,6 +8,7 @@ What every dataset here has, beside a length and items by their number:
   fill: share of the tokens of its rows that samples fill, where an item is a row of samples; None where it is a sample
 """
 
+import collections
 import contextlib
 import itertools
 import os
@@ -22,7 +23,7 @@ from mechanisms import console
 from mechanisms.data.cores import count_cores, on_all_cores
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.packing import best_fit_decreasing
-from mechanisms.data.records import Place, Problems, read_records
+from mechanisms.data.records import Place, Problems, find_files, read_records
 from mechanisms.data.report import DataReport
 from mechanisms.data.shapes import BadRecord, Conversation, to_conversation
 from mechanisms.data.token_cache import DamagedCache, TokenCache, TokenizedSamples, cache_key
@@ -47,6 +48,14 @@ def to_conversations(records: Iterable, problems: Problems, notices: dict) -> It
             yield place, to_conversation(record, notices)
         except BadRecord as bad:
             problems.add(place, bad.args[0], record)
+
+
+def check_records(paths: list[str], skip: int) -> None:
+    """Read all files without a tokenizer. Raises UserError with their problems if there are more than `skip`."""
+    problems = Problems()
+    for _ in to_conversations(read_files(find_files(paths, problems), problems), problems, collections.Counter()):
+        pass
+    problems.stop_or_skip(skip)
 
 
 def load_dataset(files: list[str], encoder: ConversationEncoder, cache_dir: str | None = None, lazy: bool = False,

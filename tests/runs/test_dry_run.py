@@ -57,3 +57,18 @@ def test_a_dry_run_that_cannot_save_fails(train, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the checkpoint could not be saved"):
         train("--dry_run")
     assert not (tmp_path / "out").exists()
+
+
+def test_everything_that_is_wrong_is_said_at_once(train, tmp_path):
+    """What one check finds does not keep the others from being made."""
+    data, model = tmp_path / "data.jsonl", tmp_path / "model"
+    data.write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
+                    '{"text": "no conversation"}\n')
+    model.mkdir()
+    (model / "config.json").write_text('{')
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(UserError) as raised:
+        train("--dry_run", "--model_name_or_path", model, "--data_path", data, "--resume_from_checkpoint",
+              tmp_path / "out" / "checkpoint-1")
+    message = str(raised.value)
+    assert "checkpoint-1" in message and "holds no usable model" in message and f"{data}:2" in message and f"{data}:1" not in message
