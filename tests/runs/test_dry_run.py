@@ -71,4 +71,5 @@ def test_everything_that_is_wrong_is_said_at_once(train, tmp_path):
         train("--dry_run", "--model_name_or_path", model, "--data_path", data, "--resume_from_checkpoint",
               tmp_path / "out" / "checkpoint-1")
     message = str(raised.value)
-    assert "checkpoint-1" in message and "holds no usable model" in message and f"{data}:2" in message and f"{data}:1" not in message
+    assert "checkpoint-1: cannot be resumed" in message and "holds no usable model" in message
+    assert f"{data}:2" in message and f"{data}:1" not in message
