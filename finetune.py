@@ -494,7 +494,7 @@ def run(model_args, data_args, training_args, lora_args):
     if training_args.dry_run:
         return dry_run.prove(trainer, eval_dataset)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    evaluated = trainer.evaluate() if eval_dataset else {}
+    evaluated = trainer.evaluate_result() if eval_dataset else {}
     trainer.save_result()
     say(*summary.after_training(trainer, result, evaluated, prompt_note))
     return trainer

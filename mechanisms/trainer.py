@@ -200,6 +200,13 @@ class SafeTrainer(Trainer):
                             self._get_learning_rate())
         return output
 
+    def evaluate_result(self):
+        """The metrics of the evaluation data; an evaluation after the last step is not made again."""
+        last = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {"step": None})
+        if last["step"] == self.state.global_step and not self.args.load_best_model_at_end:
+            return last
+        return self.evaluate()
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         tokens = inputs["shift_labels"].numel()
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
