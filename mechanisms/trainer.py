@@ -242,9 +242,20 @@ class SafeTrainer(Trainer):
                 file.write(self.card)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        # DeepSpeed's ranks wait for each other while they write: one that fails there has to end the run.
-        with contextlib.nullcontext() if self.is_deepspeed_enabled else self._remembering_failure():
+        if not self.is_deepspeed_enabled:
+            with self._remembering_failure():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # DeepSpeed's ranks wait for each other between their files.
+        engine = self.model_wrapped
+        plain = engine.checkpoint_engine.makedirs, engine.checkpoint_engine.save, engine._copy_recovery_script
+        remembering = self._remembering_failure()
+        engine.checkpoint_engine.makedirs, engine._copy_recovery_script = remembering(plain[0]), remembering(plain[2])
+        engine.checkpoint_engine.save = remembering(_all_or_nothing(plain[1]))
+        try:
             super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            engine.checkpoint_engine.makedirs, engine.checkpoint_engine.save, engine._copy_recovery_script = plain
 
     def _save_scaler(self, output_dir):
         with self._remembering_failure():
@@ -357,6 +368,19 @@ def _need(folder, size):
     problem = checkpoints.room_problem(folder, size)
     if problem:
         raise OSError(errno.ENOSPC, problem)
+
+
+def _all_or_nothing(save):
+    """save(state_dict, path), but a file that is not written to its end is removed: it may be what fills the disk."""
+    def save_all(state_dict, path):
+        try:
+            save(state_dict, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+            raise
+
+    return save_all
 
 
 def why_not_written(error):

@@ -243,6 +243,33 @@ def test_the_tutorials_configuration_under_the_deepspeed_launcher(make_model, ca
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_a_rank_that_cannot_write_its_part_ends_no_run(make_model, cache_dir, tmp_path):
+    """DeepSpeed's ranks wait for each other while they save: the one whose disk is full goes on as the others do."""
+    program, out = tmp_path / "full.py", tmp_path / "out"
+    program.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import finetune, torch
+save = torch.save
+
+def full(state, path, **options):
+    if "checkpoint-1/" in str(path) and "zero_pp_rank_1" in str(path):
+        open(path, "wb").write(b"half of it")
+        raise OSError(28, "No space left on device")
+    save(state, path, **options)
+
+torch.save = full
+finetune.main(sys.argv[1:])
+""")
+    run = torchrun([program, *cell_argv("ZeRO-2", "LoRA", make_model(), out, cache_dir), "--max_steps", 2,
+                    "--save_steps", 1])
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stdout + run.stderr
+    assert (f"note: {out}/checkpoint-1 is not saved: No space left on device; there is none before it. "
+            "Training goes on") in run.stdout.splitlines()
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not isinstance(checkpoints.read_manifest(str(out / "checkpoint-2")), str)
+
+
 def test_a_lock_that_a_killed_compilation_left_is_pointed_at(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "cpu_adam").mkdir()
