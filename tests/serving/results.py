@@ -1,18 +1,8 @@
-"""One result of every kind, taught a few answers, with what our own programs make of it: for other programs to read.
-
-  python -m tests.serving.results FOLDER
-"""
+"""One result of every kind, taught a few answers, with what our own programs make of it: for other programs to read."""
 
 import base64
 import json
-import sys
-from pathlib import Path
 
-from mechanisms.quiet import silence
-
-silence()
-
-# isort: split
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -140,14 +130,11 @@ def describe(folder):
             "dtype": str(model.dtype), "answers": said}
 
 
-def main(root):
+def write_results(root):
+    """Everything below the Path `root`, described in its expected.json."""
     root.mkdir(parents=True, exist_ok=True)
     found = {kind: describe(folder) for kind, folder in make_results(root).items()}
     for kind, result in found.items():
         assert result["answers"] == [answer for _, answer in TAUGHT], f"{kind} was not taught: {result['answers']}"
     (root / "expected.json").write_text(json.dumps({
         "texts": texts(), "questions": [messages for messages, _ in TAUGHT], "results": found}, ensure_ascii=False))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
