@@ -111,7 +111,7 @@ def make_results(root):
 
 @torch.inference_mode()
 def describe(folder):
-    """What a result is by transformers 5 and our own reading; the logits go into expected.safetensors in `folder`."""
+    """What a result is by transformers 5 and our own reading; the logits go into a file beside the folder."""
     model, tokenizer = load_to_answer(str(folder))
     rope = model.get_decoder().rotary_emb
     prompts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -121,9 +121,9 @@ def describe(folder):
         whole = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0]
         said.append(tokenizer.decode(whole[len(prompt):], skip_special_tokens=True))
     save_file({str(number): model(torch.tensor([prompt])).logits[0].float().contiguous()
-               for number, prompt in enumerate(ids)}, folder / "expected.safetensors")
+               for number, prompt in enumerate(ids)}, f"{folder}.logits.safetensors")
     adapter = folder / "adapter_config.json"
-    return {"folder": str(folder), "base": json.loads(adapter.read_text())["base_model_name_or_path"]
+    return {"folder": folder.name, "base": json.loads(adapter.read_text())["base_model_name_or_path"]
             if adapter.exists() else None,
             "ids": [tokenizer(text)["input_ids"] for text in texts()], "prompts": prompts, "prompt_ids": ids,
             "end": tokenizer.eos_token, "frequencies": rope.inv_freq.tolist(), "scaling": rope.attention_scaling,

@@ -28,7 +28,7 @@ def check(folder, result, expected):
 
         model = PeftModel.from_pretrained(model, folder)
     model.eval()
-    said, difference, logits = [], 0, load_file(folder / "expected.safetensors")
+    said, difference, logits = [], 0, load_file(f"{folder}.logits.safetensors")
     for number, prompt in enumerate(result["prompt_ids"]):
         ids = torch.tensor([prompt])
         difference = max(difference, (model(ids).logits[0].float() - logits[str(number)]).abs().max().item())
