@@ -100,12 +100,12 @@ def make_results(root):
     adapter = train("adapter", chat, *lora)
     merged = merge(adapter)
     run_gptq.run(["--model_name_or_path", str(merged), "--data_path", str(data), "--out_path", str(root / "gptq"),
-                  "--bits", "8", "--group_size", "32"])
+                  "--group_size", "32"])
     qwen1 = convert_if_qwen1(str(make_qwen1(root / "Qwen-tiny-Chat")), str(root / "cache"))
     return {"base, full": train("base-full", base, *full), "chat, full": train("chat-full", chat, *full),
             "chat with YaRN, full": train("yarn-full", make_model(root / "tiny-yarn", yarn=True), *full),
             "adapter": adapter, "merged LoRA": merged,
-            "merged Q-LoRA": merge(train("q-lora", base, "--q_lora", *lora)), "GPTQ, 8 bits": root / "gptq",
+            "merged Q-LoRA": merge(train("q-lora", base, "--q_lora", *lora)), "GPTQ, 4 bits": root / "gptq",
             "Qwen-1, full": train("qwen1-full", qwen1, *full)}
 
 

