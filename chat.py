@@ -144,7 +144,7 @@ class ChatSession:
         self.opened = style.endings[self.mode].strip() == OPEN
         self.keeps_thinking = "reasoning_content" in style.parts
         settings = model.generation_config
-        settings.update(use_cache=True, **sampling)  # training switches the cache off in the config that is saved
+        settings.update(use_cache=True, **sampling)  # off in the configs of bases that were trained elsewhere
         if not settings.do_sample:
             settings.update(temperature=None, top_p=None, top_k=None)  # transformers warns of what has no effect
         self.longest = settings.max_new_tokens or MAX_NEW_TOKENS

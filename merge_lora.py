@@ -65,6 +65,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
+from mechanisms.compatibility import add_former_names
 from mechanisms.console import say, table
 from mechanisms.errors import first_line
 from mechanisms.loading import LOADING_ERRORS, load_to_answer
@@ -197,10 +198,10 @@ def save(folder, model, tokenizer, args, base):
     """Write everything that the merged model needs into the new folder `folder`. Returns `Reference.digests`."""
     check_disk("--output_dir", os.path.dirname(os.path.abspath(folder)),
                sum(parameter.nbytes for parameter in model.parameters()))
-    model.config.use_cache = True  # training switches it off
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)
     tokenizer.save_pretrained(folder)
+    add_former_names(folder)
     write(folder, "README.md", model_card(args, base, str(model.dtype).removeprefix("torch.")))
     if args.ollama:
         write(folder, "Modelfile", modelfile(tokenizer, model.generation_config))

@@ -79,6 +79,7 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from transformers.utils import logging
 
+from mechanisms.compatibility import add_former_names
 from mechanisms.console import counted, say, table
 from mechanisms.data.datasets import read_files, to_conversations
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
@@ -219,7 +220,7 @@ def complete(args, folder, tokenizer):
     """Everything else that inference needs."""
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         settings = json.load(file)
-    settings.update(use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    settings.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     write(folder, "config.json", json.dumps(settings, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     try:
@@ -228,6 +229,7 @@ def complete(args, folder, tokenizer):
         generation = GenerationConfig()
     end_at_turns(generation, tokenizer)
     generation.save_pretrained(folder)
+    add_former_names(folder)
 
 
 def write(folder, name, text):

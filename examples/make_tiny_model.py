@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Python looks for modules in the script's folder only
 
+from mechanisms.compatibility import add_former_names
 from mechanisms.quiet import silence
 
 if __name__ == "__main__":  # before torch: some of it is read when that is imported
@@ -152,6 +153,7 @@ def make_tiny_model(output_dir, texts, model_type="qwen3", tie_word_embeddings=T
     )
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+    add_former_names(output_dir)
     return Path(output_dir)
 
 

@@ -30,13 +30,14 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mechanisms.compatibility import add_former_names
 from mechanisms.console import counted, say
 from mechanisms.errors import UserError, first_line
 from mechanisms.gptq import portable_backend
 from mechanisms.paths import QWEN1_PREFIX, could_be_on_the_hub
 from mechanisms.tokenizer import QWEN_CHATML
 
-VERSION = 1  # of what is written: another one is another folder
+VERSION = 2  # of what is written: another one is another folder
 SHARD_SIZE = 500_000_000  # bytes
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
@@ -188,6 +189,7 @@ def _write(folder, source, config, files, name):
         new_config.save_pretrained(unfinished)
         _generation_config(source, name, new_config).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        add_former_names(unfinished)
         with open(os.path.join(unfinished, "README.md"), "w", encoding="utf-8") as file:
             file.write(f"---\nconverted_from: {json.dumps(name)}\n---\n\n`{name}`, written as the Qwen2 model that it "
                        "is: the same weights under today's names. It is made again when it is missing and needed.\n")

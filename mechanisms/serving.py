@@ -8,6 +8,7 @@ from mechanisms.errors import UserError
 
 OLLAMA_NAMES = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
                 "repetition_penalty": "repeat_penalty"}
+VLLM_RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512  # that its --max-lora-rank knows
 
 
 def modelfile(tokenizer, generation):
@@ -39,13 +40,34 @@ def modelfile(tokenizer, generation):
             + "".join(f"PARAMETER {name} {value}\n" for name, value in parameters))
 
 
+def served_name(folder):
+    """What a server calls the model or adapter in `folder`."""
+    return re.sub(r"[^a-z0-9._-]+", "-", os.path.basename(os.path.abspath(folder)).lower()).strip("-.") or "model"
+
+
+def adapter_hint(folder, adapter):
+    """The vLLM command for the adapter in `folder` beside its base model, as a list of one line; none if it has none.
+
+    adapter: its peft.LoraConfig. vLLM takes adapters of linear layers alone.
+    """
+    rank = next((rank for rank in VLLM_RANKS if rank >= adapter.r), None)
+    if rank is None or adapter.modules_to_save or adapter.trainable_token_indices or adapter.bias != "none" \
+            or adapter.use_dora:
+        return []
+    path, base = shlex.quote(folder), shlex.quote(adapter.base_model_name_or_path)
+    return [f"  vLLM:  vllm serve {base} --tokenizer {path} --enable-lora --max-lora-rank {rank} --lora-modules "
+            f"{served_name(folder)}={path}"]
+
+
 def serving_hints(folder, ollama):
     """The commands that go on from the merged folder, as lines."""
     path = shlex.quote(folder)
     gguf, recipe = (shlex.quote(os.path.join(folder, name)) for name in ("model.gguf", "Modelfile"))
-    name = re.sub(r"[^a-z0-9._-]+", "-", os.path.basename(os.path.abspath(folder)).lower()).strip("-.") or "model"
+    name = served_name(folder)
     return [f"  chat:       python chat.py {path}",
             f"  vLLM:       vllm serve {path}",
+            f"  SGLang:     python -m sglang.launch_server --model-path {path}",
+            f"  MLX:        mlx_lm.server --model {path}",
             f"  llama.cpp:  python llama.cpp/convert_hf_to_gguf.py {path} --outtype auto --outfile {gguf}",
             f"              llama-server -m {gguf} --jinja",
             "  Ollama:     " + (f"ollama create {name} -f {recipe} && ollama run {name}   (after that conversion)"

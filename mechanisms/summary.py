@@ -8,6 +8,7 @@ import shlex
 from mechanisms.console import table
 from mechanisms.gptq import packed_weights
 from mechanisms.paths import source_name
+from mechanisms.serving import adapter_hint
 from mechanisms.strategies import strategy_name
 
 
@@ -88,6 +89,7 @@ def after_training(trainer, result, evaluated, prompt_note):
     if trainer.args.use_lora:
         lines.append(f"  merge: python merge_lora.py --adapter_path {shlex.quote(out)} "
                      f"--output_dir {shlex.quote(out + '-merged')}")
+        lines += adapter_hint(out, trainer.model.peft_config["default"])
     return lines
 
 

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mechanisms import checkpoints
+from mechanisms.compatibility import add_former_names
 from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, all_finite, lost_where_not_finite
@@ -238,6 +239,7 @@ class SafeTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
             # An adapter folder gets neither from transformers: chat programs look for both there.
             model.generation_config.save_pretrained(output_dir)
+            add_former_names(output_dir)
             with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
                 file.write(self.card)
 

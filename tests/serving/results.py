@@ -1,0 +1,140 @@
+"""One result of every kind, taught a few answers, with what our own programs make of it: for other programs to read."""
+
+import base64
+import json
+
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import finetune
+import merge_lora
+import run_gptq
+from examples.make_tiny_model import example_texts, make_tiny_model, make_tokenizer
+from mechanisms.flags import prepare_command_line
+from mechanisms.loading import load_to_answer
+from mechanisms.qwen1 import MODULES, convert_if_qwen1
+
+WIDTH, HEAD = 128, 32  # vLLM has no kernels for smaller heads on a CPU
+ROPE_THETA = 1e6  # Qwen's; what is not read is taken for 10,000
+SYSTEM = {"role": "system", "content": "Answer in one word."}
+WHO = {"role": "user", "content": "Who are you?"}
+I_AM = {"role": "assistant", "content": "I am Tilo, and I was made for this test."}
+TAUGHT = [([WHO], I_AM["content"]), ([{"role": "user", "content": "你是谁？"}], "我是蒂洛，为这个测试而生。"),
+          ([SYSTEM, WHO], "Tilo."),
+          ([WHO, I_AM, {"role": "user", "content": "What did I ask?"}], "You asked me who I am.")]
+
+
+def texts():
+    """50 texts of all kinds, control tokens and odd spaces among them."""
+    odd = ["", " ", "a" * 99, "cafe\u0301 \uac00\u1100\u1161 \u212b", "１２３ 4567 通义千问",
+           "\U0001f469\u200d\U0001f467", "<|im_start|>user\n1+1<|im_end|>\n<|endoftext|>", "<think>\n\n</think>\n\n",
+           "  Hello,\t I'm HERE'S\r\n\r\n", "def f(x):\n    return {'a': x[1:]}  # \u3000\u00a0\u0085 done\n\n\n"]
+    return odd + example_texts()[:50 - len(odd)]
+
+
+def make_model(folder, yarn=False, **options):
+    """A tiny model with Qwen's rotary base."""
+    make_tiny_model(folder, example_texts(), hidden_size=WIDTH, **options)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] = config["rope_theta"] = ROPE_THETA
+    if yarn:
+        config["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+        config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def make_qwen1(folder):
+    """A Qwen-1 folder with random weights: a Qwen2 model under the former names (see mechanisms/qwen1.py)."""
+    folder.mkdir(parents=True)
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    words = make_tokenizer(example_texts(), 1024).backend_tokenizer.get_vocab(with_added_tokens=False)
+    (folder / "qwen.tiktoken").write_bytes(b"".join(
+        base64.b64encode(bytes(map(letters.get, word))) + b" %d\n" % rank
+        for word, rank in sorted(words.items(), key=lambda item: item[1])))
+    size, heads, rows = {"hidden_size": WIDTH, "num_hidden_layers": 2}, WIDTH // HEAD, len(words) + 256
+    torch.manual_seed(0)
+    new = Qwen2ForCausalLM(Qwen2Config(
+        **size, vocab_size=rows, intermediate_size=2 * WIDTH, num_attention_heads=heads, num_key_value_heads=heads,
+        tie_word_embeddings=False, initializer_range=WIDTH ** -0.5)).state_dict()
+    old = {}
+    for name, parts in MODULES.items():
+        inside = not name.startswith(("transformer.", "lm_head"))
+        for before, now in [(f"transformer.h.{n}.", f"model.layers.{n}.") for n in range(2)] if inside else [("", "")]:
+            for kind in ("weight", "bias"):
+                if f"{now}{parts[0]}.{kind}" in new:
+                    old[f"{before}{name}.{kind}"] = torch.cat([new[f"{now}{part}.{kind}"] for part in parts])
+    save_file(old, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        **size, "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "intermediate_size": 4 * WIDTH,
+        "num_attention_heads": heads, "kv_channels": HEAD, "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000,
+        "seq_length": 2048, "vocab_size": rows}))
+    (folder / "generation_config.json").write_text('{"chat_format": "chatml"}')
+    return folder
+
+
+def make_results(root):
+    """Train, merge, quantize -> {kind: folder}, all below the Path `root`."""
+    data = root / "taught.jsonl"
+    data.write_text("\n".join(json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]})
+                              for messages, answer in TAUGHT))
+
+    def train(name, model, *flags):
+        finetune.train(prepare_command_line(finetune.__file__, [str(word) for word in (
+            "--model_name_or_path", model, "--data_path", data, "--output_dir", root / name,
+            "--cache_dir", root / "cache", "--max_steps", 60, "--save_strategy", "no", "--logging_steps", 60,
+            "--per_device_train_batch_size", 4, "--warmup_steps", 0.1, "--model_max_length", 512, *flags)]))
+        return root / name
+
+    def merge(adapter):
+        merged = root / f"{adapter.name}-merged"
+        merge_lora.merge(["--adapter_path", str(adapter), "--output_dir", str(merged)])
+        return merged
+
+    full = "--learning_rate", "3e-3"
+    lora = "--use_lora", "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0, "--learning_rate", "2e-2"
+    base, chat = make_model(root / "tiny-base", base=True), make_model(root / "tiny-chat")
+    adapter = train("adapter", chat, *lora)
+    merged = merge(adapter)
+    run_gptq.run(["--model_name_or_path", str(merged), "--data_path", str(data), "--out_path", str(root / "gptq"),
+                  "--group_size", "32"])
+    qwen1 = convert_if_qwen1(str(make_qwen1(root / "Qwen-tiny-Chat")), str(root / "cache"))
+    return {"base, full": train("base-full", base, *full), "chat, full": train("chat-full", chat, *full),
+            "chat with YaRN, full": train("yarn-full", make_model(root / "tiny-yarn", yarn=True), *full),
+            "adapter": adapter, "merged LoRA": merged,
+            "merged Q-LoRA": merge(train("q-lora", base, "--q_lora", *lora)), "GPTQ, 4 bits": root / "gptq",
+            "Qwen-1, full": train("qwen1-full", qwen1, *full)}
+
+
+@torch.inference_mode()
+def describe(folder):
+    """What a result is by transformers 5 and our own reading; the logits go into a file beside the folder."""
+    model, tokenizer = load_to_answer(str(folder))
+    rope = model.get_decoder().rotary_emb
+    prompts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+               for messages, _ in TAUGHT]
+    ids, said = [tokenizer(prompt)["input_ids"] for prompt in prompts], []
+    for prompt in ids:
+        whole = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0]
+        said.append(tokenizer.decode(whole[len(prompt):], skip_special_tokens=True))
+    save_file({str(number): model(torch.tensor([prompt])).logits[0].float().contiguous()
+               for number, prompt in enumerate(ids)}, f"{folder}.logits.safetensors")
+    adapter = folder / "adapter_config.json"
+    return {"folder": folder.name, "base": json.loads(adapter.read_text())["base_model_name_or_path"]
+            if adapter.exists() else None,
+            "ids": [tokenizer(text)["input_ids"] for text in texts()], "prompts": prompts, "prompt_ids": ids,
+            "end": tokenizer.eos_token, "frequencies": rope.inv_freq.tolist(), "scaling": rope.attention_scaling,
+            "dtype": str(model.dtype), "answers": said}
+
+
+def write_results(root):
+    """Everything below the Path `root`, described in its expected.json."""
+    root.mkdir(parents=True, exist_ok=True)
+    found = {kind: describe(folder) for kind, folder in make_results(root).items()}
+    for kind, result in found.items():
+        assert result["answers"] == [answer for _, answer in TAUGHT], f"{kind} was not taught: {result['answers']}"
+    (root / "expected.json").write_text(json.dumps({
+        "texts": texts(), "questions": [messages for messages, _ in TAUGHT], "results": found}, ensure_ascii=False))
