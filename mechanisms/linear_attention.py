@@ -29,26 +29,27 @@ def keep_within_samples(model):
                         "are known here: samples of a row would not be kept apart. Use the transformers of "
                         "requirements.txt")
     for layer in layers:
-        layer.forward = types.MethodType(_within_samples(layer.forward), layer)
+        layer.forward = types.MethodType(_forward, layer)
 
 
-def _within_samples(plain):
-    """The forward that takes the place of `plain`, the forward of a layer.
+def _forward(self, hidden_states, *args, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None,
+             **kwargs):
+    """The forward of a layer, `self`, inside each sample.
 
-    It takes hidden_states (1, tokens, hidden size) and cu_seq_lens_q, int32 (samples + 1): where each sample starts,
-    and the end of the last. Without cu_seq_lens_q it is `plain`, as in generation.
+    Args:
+        hidden_states: (1, tokens, hidden size).
+        cu_seq_lens_q: int32 (samples + 1), where each sample starts, and the end of the last. Without it, as in
+            generation, this is the layer's own forward.
     """
-    def forward(_, hidden_states, *args, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None,
-                **kwargs):
-        if cu_seq_lens_q is None or len(cu_seq_lens_q) == 2:
-            return plain(hidden_states, *args, **kwargs)
-        bounds = cu_seq_lens_q.tolist()
-        if hidden_states.device.type == "cpu":
-            return torch.cat([plain(hidden_states[:, start:end], *args, **kwargs)
-                              for start, end in zip(bounds, bounds[1:])], dim=1)
-        return in_groups(lambda samples: plain(samples, *args, **kwargs), hidden_states, bounds)
+    def layer(samples):
+        return type(self).forward(self, samples, *args, **kwargs)
 
-    return forward
+    if cu_seq_lens_q is None or len(cu_seq_lens_q) == 2:
+        return layer(hidden_states)
+    bounds = cu_seq_lens_q.tolist()
+    if hidden_states.device.type == "cpu":
+        return torch.cat([layer(hidden_states[:, start:end]) for start, end in zip(bounds, bounds[1:])], dim=1)
+    return in_groups(layer, hidden_states, bounds)
 
 
 def in_groups(layer, hidden_states, bounds):

@@ -14,6 +14,7 @@ from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq
 from mechanisms.linear_attention import LINEAR
+from mechanisms.lora_targets import MLP, default_targets, empty_network, experts_of, reach, takes_mlps_for_experts
 from mechanisms.paths import could_be_on_the_hub, find_base
 from mechanisms.qwen1 import convert_if_qwen1, todays_names
 from mechanisms.tokenizer import end_at_turns, load_tokenizer
@@ -141,15 +142,18 @@ def fit_arguments(config, training_args, lora_args):
         say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
             f"{limit} is used")
         training_args.model_max_length = limit
-    if training_args.use_lora:
+    if training_args.use_lora and not lora_args.lora_weight_path:
+        asked, network = lora_args.lora_target_modules, empty_network(config)
+        if set(asked) == set(type(lora_args)().lora_target_modules) != set(default_targets(network)):
+            lora_args.lora_target_modules = default_targets(network)
         lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(config))
+        if lora_args.lora_target_modules != asked:
+            say("Adapters:", reach(network, lora_args.lora_target_modules), "")
 
 
 def layer_names(config):
     """The last parts of the names of all modules of the network, as a set."""
-    with torch.device("meta"):  # the network without its weights (from_config would share them out under ZeRO-3)
-        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    return {name.rpartition(".")[2] for name, _ in network.named_modules()}
+    return {name.rpartition(".")[2] for name, _ in empty_network(config).named_modules()}
 
 
 def check_trainable(config, training_args, lora_args):
@@ -162,8 +166,19 @@ def check_trainable(config, training_args, lora_args):
                         "one sample of a batch into the next. Only attention, whole, sliding and linear, is supported")
     if not training_args.use_lora:
         return
-    names = layer_names(config)
-    missing = [name for name in lora_args.lora_target_modules if name.rpartition(".")[2] not in names]
+    network, names = empty_network(config), layer_names(config)
+    experts = sum(weight.numel() for weight in experts_of(network).values())
+    if lora_args.q_lora and experts:
+        whole = sum(parameter.numel() for parameter in network.parameters())
+        raise UserError(f"--q_lora: this model is a mixture of experts, and {experts:,} of its {whole:,} weights are "
+                        f"experts, which bitsandbytes leaves in 16 bits ({2 * experts / 1e9:,.1f} GB). Use --use_lora, "
+                        "with ds_config_zero3.json if the model does not fit on a GPU")
+    asked = [] if lora_args.lora_weight_path else lora_args.lora_target_modules
+    mlps = [name for name in asked if name.rpartition(".")[2] in MLP]
+    if mlps and takes_mlps_for_experts(network):
+        raise UserError(f"--lora_target_modules {' '.join(mlps)}: of this mixture of experts peft adapts the routed "
+                        "experts then, and no shared ones. Leave them out")
+    missing = [name for name in asked if name.rpartition(".")[2] not in names]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
                         + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head")))))
