@@ -99,7 +99,7 @@ def _put_on(model, base, path):
 
 
 def load_config(path, cache_dir=None):
-    """The config of the model's language part, which is all of it but for models that are published with a vision tower.
+    """The config of the model's language part: all of it, but for models that are published with a vision tower.
 
     Raises UserError where there is none to be had, or it is of a family that cannot be trained.
     """
@@ -118,12 +118,12 @@ def load_config(path, cache_dir=None):
     if config.model_type.startswith("qwen4_exp"):
         raise UserError(f"{path} is a {outer.model_type} model (Qwen3.8-Flash-Next): its sparse attention and n-gram "
                         "tables read across the samples of a row. Use Qwen3.5, Qwen3.6 or another Qwen3.8")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not {type(outer), type(config)} <= set(MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{path} is a {outer.model_type} model, which transformers cannot load as a language model "
                         "alone. Use a text model (Qwen3), or one whose language part stands alone (Qwen3.5, Qwen3.6)")
     if config is not outer:  # what a wrapper says for both
         config.tie_word_embeddings = config.tie_word_embeddings or outer.tie_word_embeddings
-        config._commit_hash = outer._commit_hash
+        config._commit_hash = getattr(outer, "_commit_hash", None)
         if getattr(outer, "quantization_config", None):
             config.quantization_config = outer.quantization_config
     return config

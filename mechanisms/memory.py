@@ -168,11 +168,11 @@ def activation_bytes(setup, tokens):
     layers, unpacked = setup.config.num_hidden_layers, 0
     if gptq.is_gptq(setup.config):  # the kernel unpacks a layer's weights, and autograd keeps what it made of them
         unpacked = sum(weight.numel() for weight in _network(setup, 1)[1]) * setup.compute.itemsize
-    # Checkpointed, there are the inputs of all layers and the one layer at work. What does not grow with the row are
+    # Checkpointed, there are the inputs of all layers and the one layer at work (of a period, the mean of its layers). What does not grow with the row are
     # copies of trained weights: autocast keeps those of all layers until the forward pass ends.
     inputs = layers * tokens * runs[period, long][1] / long
     return (at(tokens, 1) + (layers - period) * layer(tokens) + layers * unpacked,
-            at(tokens, 1) + (layers - period) * layer(0) + inputs + unpacked)
+            at(tokens, 1) - (period - 1) * layer(tokens) + (layers - 1) * layer(0) + inputs + unpacked)
 
 
 def _period(setup):
@@ -237,7 +237,7 @@ def _run(setup, layers, tokens):
         weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), \
                 torch.autocast("cpu", setup.compute, enabled=setup.compute != setup.trained), \
-                _FusedDropout() if setup.device.type == "cuda" else contextlib.nullcontext():
+                _FusedDropout() if setup.device.type == "cuda" else contextlib.nullcontext(), _GroupedInFp32():
             output = network.train().base_model(
                 input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False, cu_seq_lens_q=bounds,
                 cu_seq_lens_k=bounds, max_length_q=tokens, max_length_k=tokens)
@@ -251,4 +251,13 @@ class _FusedDropout(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), options=None):
         if function is torch.nn.functional.dropout:
             return torch.native_dropout(*arguments, options["p"], options["training"])[0]
+        return function(*arguments, **(options or {}))
+
+
+class _GroupedInFp32(TorchFunctionMode):
+    """The experts' matrix product in fp32, which torch has on a CPU, but not for tensors without content."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is torch._grouped_mm and arguments[0].dtype != torch.bfloat16:
+            return torch.ops.transformers.grouped_mm_fallback(*arguments[:2], offs=options["offs"])
         return function(*arguments, **(options or {}))
