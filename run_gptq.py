@@ -123,8 +123,8 @@ def check_quantizable(args):
         raise UserError(f"{path} is quantized already ({getattr(method, 'value', method).upper()}): give the 16-bit "
                         "model that it was made from")
     if LINEAR in (getattr(config, "layer_types", None) or []):
-        raise UserError(f"{path} has layers of linear attention ({config.model_type}): quantizing them with GPTQ is not "
-                        "supported. Serve it in 16 bits")
+        raise UserError(f"{path} has layers of linear attention ({config.model_type}): quantizing them with GPTQ "
+                        "is not supported. Serve it in 16 bits")
     network = empty_network(config)
     if experts_of(network):
         raise UserError(f"{path} is a mixture of experts ({config.model_type}): transformers does not load experts "

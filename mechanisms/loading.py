@@ -147,7 +147,7 @@ def fit_arguments(config, training_args, lora_args):
         if set(asked) == set(type(lora_args)().lora_target_modules) != set(default_targets(network)):
             lora_args.lora_target_modules = default_targets(network)
         lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(config))
-        if lora_args.lora_target_modules != asked:
+        if lora_args.lora_target_modules != asked or experts_of(network):
             say("Adapters:", reach(network, lora_args.lora_target_modules), "")
 
 

@@ -49,10 +49,7 @@ def reach(network, targets):
     for name in experts_of(network):
         kind = name.split(".layers.")[1].partition(".")[2]
         counts[kind] = counts.get(kind, 0) + 1
-    rows = []
-    for word, reached in (("reached", True), ("not reached", False)):
-        kinds = [f"{kind} x {count}" for kind, count in counts.items()
-                 if any(kind == name or kind.endswith(f".{name}") for name in targets) == reached]
-        rows += [(word if first else "", line) for first, line in
-                 ((index == 0, ", ".join(kinds[index:index + 4])) for index in range(0, len(kinds), 4))]
-    return table(rows)
+    return table([(word, ", ".join(
+        f"{kind} x {count}" for kind, count in counts.items()
+        if any(kind == name or kind.endswith(f".{name}") for name in targets) == reached) or "none")
+        for word, reached in (("reached", True), ("not reached", False))])

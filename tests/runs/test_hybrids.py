@@ -113,7 +113,7 @@ def test_the_road_of_a_model(run, kind, method, make_published, tmp_path, capsys
 
 @pytest.mark.parametrize("kind, reached, missed", [
     ("qwen3_moe", ["self_attn.q_proj x 4", "self_attn.o_proj x 4"], ["mlp.experts.gate_up_proj x 4"]),
-    ("qwen2_moe", ["self_attn.q_proj x 4"], ["mlp.shared_expert.up_proj x 4", "mlp.experts.down_proj x 4"]),
+    ("qwen2_moe", ["self_attn.q_proj x 4", "mlp.shared_expert.up_proj x 4"], ["mlp.experts.down_proj x 4"]),
     ("qwen3_5", ["linear_attn.in_proj_qkv x 3", "linear_attn.out_proj x 3", "mlp.up_proj x 4", "self_attn.q_proj x 1"],
      ["linear_attn.in_proj_a x 3"]),
     ("qwen3_5_moe", ["linear_attn.in_proj_z x 3", "mlp.shared_expert.down_proj x 4"], ["mlp.experts.down_proj x 4"]),
