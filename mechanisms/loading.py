@@ -6,7 +6,6 @@ import os
 import pickle
 import warnings
 
-import torch
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 

@@ -51,5 +51,5 @@ def reach(network, targets):
         counts[kind] = counts.get(kind, 0) + 1
     return table([(word, ", ".join(
         f"{kind} x {count}" for kind, count in counts.items()
-        if any(kind == name or kind.endswith(f".{name}") for name in targets) == reached) or "none")
+        if (".experts." not in kind and kind.endswith(tuple(f".{name}" for name in targets))) == reached) or "none")
         for word, reached in (("reached", True), ("not reached", False))])

@@ -169,7 +169,8 @@ def activation_bytes(setup, tokens):
     if gptq.is_gptq(setup.config):  # the kernel unpacks a layer's weights, and autograd keeps what it made of them
         unpacked = sum(weight.numel() for weight in _network(setup, 1)[1]) * setup.compute.itemsize
     # Checkpointed, there are the inputs of all layers and the one layer at work (of a period: the mean of its
-    # layers). What does not grow with the row are copies of trained weights: autocast keeps those of all layers until the forward pass ends.
+    # layers). What does not grow with the row are copies of trained weights: autocast keeps those of all layers until
+    # the forward pass ends.
     inputs = layers * tokens * runs[period, long][1] / long
     return (at(tokens, 1) + (layers - period) * layer(tokens) + layers * unpacked,
             at(tokens, 1) - (period - 1) * layer(tokens) + (layers - 1) * layer(0) + inputs + unpacked)
