@@ -44,6 +44,7 @@ from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import Checks, first_line
 from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
+from mechanisms.linear_attention import keep_within_samples, kernel_note
 from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code, peft_name
 from mechanisms.lock import only_run_in
 from mechanisms.memory import checkpointing_needed
@@ -371,6 +372,7 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the weights in {model_args.model_name_or_path} cannot be loaded: "
                         f"{first_line(error)}") from error
+    keep_within_samples(model)
     model.config.use_cache = False
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config.eos_token_id = [end for end in ends if end is not None]
@@ -388,6 +390,8 @@ def read_model_folder(model_args, training_args, lora_args):
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
     fit_arguments(config, training_args, lora_args)
     check_trainable(config, training_args, lora_args)
+    if note := kernel_note(config, training_args.device):
+        say(f"note: {note}")
     return config, load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
 
 

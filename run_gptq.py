@@ -76,7 +76,7 @@ import time
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from mechanisms.compatibility import add_former_names
@@ -87,7 +87,9 @@ from mechanisms.data.records import Notices, Problems, find_files
 from mechanisms.data.shapes import BadRecord
 from mechanisms.errors import first_line
 from mechanisms.gptq import GROUP_SIZES, quantize
+from mechanisms.linear_attention import LINEAR
 from mechanisms.loading import LOADING_ERRORS, load_config, load_weights
+from mechanisms.lora_targets import empty_network, experts_of
 from mechanisms.paths import check_disk, source_name
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.serving import serving_hints
@@ -121,9 +123,11 @@ def check_quantizable(args):
         method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
         raise UserError(f"{path} is quantized already ({getattr(method, 'value', method).upper()}): give the 16-bit "
                         "model that it was made from")
-    with torch.device("meta"):
-        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    if any(parameter.dim() == 3 for parameter in network.parameters()):  # the experts of a layer in one tensor
+    if LINEAR in (getattr(config, "layer_types", None) or []):
+        raise UserError(f"{path} has layers of linear attention ({config.model_type}): quantizing them with GPTQ "
+                        "is not supported. Serve it in 16 bits")
+    network = empty_network(config)
+    if experts_of(network):
         raise UserError(f"{path} is a mixture of experts ({config.model_type}): transformers does not load experts "
                         "that are quantized with GPTQ, so the result would be of no use. Serve it in 16 bits")
     widths = {module.in_features for name, module in network.named_modules()

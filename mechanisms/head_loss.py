@@ -163,6 +163,6 @@ class HeadLoss:
             del self.model._loss_function
 
 
-def mean(logits, labels, shift_labels, num_items_in_batch=None, **_):
+def mean(logits, labels, vocab_size, *, shift_labels, num_items_in_batch=None, **_):
     """In place of transformers' loss function: `logits` are the summed loss already."""
     return logits / (max(1, shift_labels.numel()) if num_items_in_batch is None else num_items_in_batch)

@@ -6,13 +6,14 @@ import os
 import pickle
 import warnings
 
-import torch
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq
+from mechanisms.linear_attention import LINEAR
+from mechanisms.lora_targets import MLP, default_targets, empty_network, experts_of, reach, takes_mlps_for_experts
 from mechanisms.paths import could_be_on_the_hub, find_base
 from mechanisms.qwen1 import convert_if_qwen1, todays_names
 from mechanisms.tokenizer import end_at_turns, load_tokenizer
@@ -97,7 +98,10 @@ def _put_on(model, base, path):
 
 
 def load_config(path, cache_dir=None):
-    """The model's config. Raises UserError where there is none to be had."""
+    """The config of the model's language part: all of it, but for models that are published with a vision tower.
+
+    Raises UserError where there is none to be had, or it is of a family that cannot be trained.
+    """
     has = {name: os.path.isfile(os.path.join(path, name)) for name in ("config.json", "adapter_config.json")}
     if has["adapter_config.json"] and not has["config.json"]:
         raise UserError(f"{path} is an adapter: give its base model as --model_name_or_path and this folder as "
@@ -105,43 +109,75 @@ def load_config(path, cache_dir=None):
     if not os.path.isdir(path) and not could_be_on_the_hub(path):
         raise UserError(f"--model_name_or_path {path}: no such folder")
     try:
-        return AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+        outer = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = "holds no usable model" if os.path.isdir(path) else "is no folder here and cannot be had from the Hub"
         raise UserError(f"--model_name_or_path {path} {where}: {first_line(error)}") from error
+    config = outer.get_text_config()
+    if config.model_type.startswith("qwen4_exp"):
+        raise UserError(f"{path} is a {outer.model_type} model (Qwen3.8-Flash-Next): its sparse attention and n-gram "
+                        "tables read across the samples of a row. Use Qwen3.5, Qwen3.6 or another Qwen3.8")
+    if not {type(outer), type(config)} <= set(MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise UserError(f"{path} is a {outer.model_type} model, which transformers cannot load as a language model "
+                        "alone. Use a text model (Qwen3), or one whose language part stands alone (Qwen3.5, Qwen3.6)")
+    if config is not outer:  # what a wrapper says for both
+        config.tie_word_embeddings = config.tie_word_embeddings or outer.tie_word_embeddings
+        config._commit_hash = getattr(outer, "_commit_hash", None)
+        if getattr(outer, "quantization_config", None):
+            config.quantization_config = outer.quantization_config
+    return config
 
 
 def fit_arguments(config, training_args, lora_args):
     """Change two arguments to what the model has, and say so: --model_max_length to its number of positions, and names
-    of Qwen-1's layers in --lora_target_modules to today's."""
+    of Qwen-1's layers in --lora_target_modules to today's. The config's router loss is switched off: transformers adds
+    it to the loss of each batch as a whole, whatever part of a step that batch is."""
+    if getattr(config, "output_router_logits", False):
+        say("note: the model's config asks for a loss of its routers: it is switched off, they are trained by the "
+            "loss of the answers alone")
+        config.output_router_logits = False
     limit = getattr(config, "max_position_embeddings", None)
     if limit and training_args.model_max_length > limit:
         say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
             f"{limit} is used")
         training_args.model_max_length = limit
-    if training_args.use_lora:
+    if training_args.use_lora and not lora_args.lora_weight_path:
+        asked, network = lora_args.lora_target_modules, empty_network(config)
+        if set(asked) == set(type(lora_args)().lora_target_modules) != set(default_targets(network)):
+            lora_args.lora_target_modules = default_targets(network)
         lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(config))
+        if lora_args.lora_target_modules != asked or experts_of(network):
+            say("Adapters:", reach(network, lora_args.lora_target_modules), "")
 
 
 def layer_names(config):
     """The last parts of the names of all modules of the network, as a set."""
-    with torch.device("meta"):  # the network without its weights (from_config would share them out under ZeRO-3)
-        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    return {name.rpartition(".")[2] for name, _ in network.named_modules()}
+    return {name.rpartition(".")[2] for name, _ in empty_network(config).named_modules()}
 
 
 def check_trainable(config, training_args, lora_args):
     """Refuse what this model cannot do, by its config and that of an adapter to continue. Raises UserError."""
     if getattr(config, "quantization_config", None) and not lora_args.q_lora:
         raise UserError("this model is quantized: its weights cannot be trained. Add --q_lora to train adapters on it")
-    others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
+    others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention", LINEAR})
     if others:
         raise UserError(f"this model has layers of the kind {', '.join(others)}: they would carry what they read in "
-                        "one sample of a batch into the next. Only networks of attention layers are supported")
+                        "one sample of a batch into the next. Only attention, whole, sliding and linear, is supported")
     if not training_args.use_lora:
         return
-    names = layer_names(config)
-    missing = [name for name in lora_args.lora_target_modules if name.rpartition(".")[2] not in names]
+    network, names = empty_network(config), layer_names(config)
+    experts = sum(weight.numel() for weight in experts_of(network).values())
+    if lora_args.q_lora and experts:
+        whole = sum(parameter.numel() for parameter in network.parameters())
+        raise UserError(f"--q_lora: this model is a mixture of experts, and {experts:,} of its {whole:,} weights are "
+                        f"experts, which bitsandbytes leaves in 16 bits ({2 * experts / 1e9:,.1f} GB). Use --use_lora, "
+                        "with ds_config_zero3.json if the model does not fit on a GPU")
+    asked = [] if lora_args.lora_weight_path else lora_args.lora_target_modules
+    mlps = [name for name in asked if name.rpartition(".")[2] in MLP]
+    if mlps and takes_mlps_for_experts(network):
+        raise UserError(f"--lora_target_modules {' '.join(mlps)}: of this mixture of experts peft adapts the routed "
+                        "experts then, and no shared ones. Leave them out")
+    missing = [name for name in asked if name.rpartition(".")[2] not in names]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
                         + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head")))))

@@ -18,6 +18,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from mechanisms import gptq
 from mechanisms.attention import VARLEN, WITHIN_SAMPLES
 from mechanisms.head_loss import loss_bytes
+from mechanisms.linear_attention import keep_within_samples
+from mechanisms.lora_targets import empty_network
 
 RESERVE = 0.15  # share of the memory that is kept for what is not counted
 
@@ -65,8 +67,6 @@ def checkpointing_needed(setup, tokens):
 
     tokens: of the longest row that a rank will see.
     """
-    if getattr(setup.config, "num_experts", None):
-        return True, "gradient checkpointing is on: what a network of experts needs without it depends on the data"
     available, state = available_bytes(setup.device), training_state(setup)
     held = state.weights + state.gradients + state.optimizer + row_loss_bytes(setup, tokens)
     stored, recomputed = (held + activations for activations in activation_bytes(setup, tokens))
@@ -150,27 +150,37 @@ def row_loss_bytes(setup, tokens):
 def activation_bytes(setup, tokens):
     """(stored, recomputed): what is kept of one row for the backward pass, without and with checkpointing.
 
-    Counted, not computed from a formula: the network runs with one and with two layers, on short and on longer rows, on
-    tensors that have no content, and all that autograd saves is added up. It grows linearly with layers and tokens.
+    Counted, not computed from a formula: the network runs with one and with two periods of its layers (a layer, where
+    all are alike), on short and on longer rows, on tensors that have no content, and all that autograd saves is added
+    up. It grows linearly with layers and tokens.
     """
-    short, long = 128, 256
-    runs = {(layers, length): _run(setup, layers, length) for layers in (1, 2) for length in (short, long)}
+    short, long, period = 128, 256, _period(setup)
+    runs = {(layers, length): _run(setup, layers, length) for layers in (period, 2 * period)
+            for length in (short, long)}
 
     def at(tokens, layers):
-        first, second = (runs[layers, length][0] for length in (short, long))
+        first, second = (runs[layers * period, length][0] for length in (short, long))
         return first + (second - first) * (tokens - short) / (long - short)
 
     def layer(tokens):
-        return at(tokens, 2) - at(tokens, 1)
+        return (at(tokens, 2) - at(tokens, 1)) / period
 
     layers, unpacked = setup.config.num_hidden_layers, 0
     if gptq.is_gptq(setup.config):  # the kernel unpacks a layer's weights, and autograd keeps what it made of them
         unpacked = sum(weight.numel() for weight in _network(setup, 1)[1]) * setup.compute.itemsize
-    # Checkpointed, there are the inputs of all layers and the one layer at work. What does not grow with the row are
-    # copies of trained weights: autocast keeps those of all layers until the forward pass ends.
-    inputs = layers * tokens * runs[1, long][1] / long
-    return (at(tokens, 1) + (layers - 1) * layer(tokens) + layers * unpacked,
-            at(tokens, 1) + (layers - 1) * layer(0) + inputs + unpacked)
+    # Checkpointed, there are the inputs of all layers and the one layer at work (of a period: the mean of its
+    # layers). What does not grow with the row are copies of trained weights: autocast keeps those of all layers until
+    # the forward pass ends.
+    inputs = layers * tokens * runs[period, long][1] / long
+    return (at(tokens, 1) + (layers - period) * layer(tokens) + layers * unpacked,
+            at(tokens, 1) - (period - 1) * layer(tokens) + (layers - 1) * layer(0) + inputs + unpacked)
+
+
+def _period(setup):
+    """After how many layers the kinds of the network's layers repeat: 1 where all have weights of the same shapes."""
+    kinds = [[(name, weight.shape) for name, weight in layer.named_parameters()]
+             for layer in empty_network(setup.config).base_model.layers]
+    return next(period for period in range(1, len(kinds) + 1) if kinds[period:] == kinds[:-period])
 
 
 def _network(setup, layers=None):
@@ -184,7 +194,7 @@ def _network(setup, layers=None):
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+            config.layer_types = (2 * config.layer_types)[:layers]
     with torch.device("meta"):
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
         packed, head = {}, network.get_output_embeddings()
@@ -199,6 +209,7 @@ def _network(setup, layers=None):
 
             with gptq.gptqmodel_hidden(True):
                 network = get_peft_model(network, copy.deepcopy(setup.adapter)).get_base_model()
+    keep_within_samples(network)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(setup.trained if parameter.requires_grad else setup.compute)
     return network, packed
@@ -227,7 +238,7 @@ def _run(setup, layers, tokens):
         weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), \
                 torch.autocast("cpu", setup.compute, enabled=setup.compute != setup.trained), \
-                _FusedDropout() if setup.device.type == "cuda" else contextlib.nullcontext():
+                _FusedDropout() if setup.device.type == "cuda" else contextlib.nullcontext(), _GroupedInFp32():
             output = network.train().base_model(
                 input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False, cu_seq_lens_q=bounds,
                 cu_seq_lens_k=bounds, max_length_q=tokens, max_length_k=tokens)
@@ -241,4 +252,13 @@ class _FusedDropout(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), options=None):
         if function is torch.nn.functional.dropout:
             return torch.native_dropout(*arguments, options["p"], options["training"])[0]
+        return function(*arguments, **(options or {}))
+
+
+class _GroupedInFp32(TorchFunctionMode):
+    """The experts' matrix product in fp32, which torch has on a CPU, but not for tensors without content."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is torch._grouped_mm and arguments[0].dtype != torch.bfloat16:
+            return torch.ops.transformers.grouped_mm_fallback(*arguments[:2], offs=options["offs"])
         return function(*arguments, **(options or {}))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import itertools
 import math
 import os
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,6 +24,7 @@ from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, all_finite, lost_where_not_finite
 from mechanisms.head_loss import HeadLoss, output_linear
+from mechanisms.loading import load_weights
 from mechanisms.lock import check_still_mine
 from mechanisms.paths import checkpoints_in, flush, size_of
 from mechanisms.stopping import SaveOnRequest
@@ -108,6 +110,25 @@ class SafeTrainer(Trainer):
     def _loading(self, checkpoint):
         classes = checkpoints.deepspeed_classes() if self.is_deepspeed_enabled else []
         return checkpoints.no_code_from_pickles(checkpoint, classes, self.args.trust_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint)
+
+    def _load_renamed(self, folder):
+        """Load the weights of a network whose files have other names than it has (one tensor for each expert, the
+        names of a wrapper). Trainer looks for its own names, finds few or none of them and goes on.
+
+        Can go when Trainer loads checkpoints as `from_pretrained` does.
+        """
+        if self.args.use_lora or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        saved = set()
+        for file in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                saved |= set(tensors.keys())
+        if not saved <= self.model.state_dict().keys():
+            self.model.load_state_dict(load_weights(folder, dtype=self.model.dtype).state_dict())
 
     def load_again(self, checkpoint):
         """Load a checkpoint into the model and optimizer that are there. Raises UserError."""
@@ -338,6 +359,7 @@ class SafeTrainer(Trainer):
         if isinstance(problem, str) and problem != checkpoints.ONLY_MODEL:
             raise UserError(f"--load_best_model_at_end: {self.state.best_model_checkpoint} cannot be loaded: {problem}")
         super()._load_best_model()
+        self._load_renamed(self.state.best_model_checkpoint)
 
     def save_result(self):
         """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""

@@ -1,0 +1,179 @@
+"""Hybrids and mixtures of experts as they are published: trained, resumed, saved, merged, and asked."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import chat
+import finetune
+import merge_lora
+import run_gptq
+from examples.make_tiny_model import EXAMPLES
+from mechanisms import memory
+from mechanisms.errors import UserError
+from mechanisms.flags import prepare_command_line
+from mechanisms.loading import load_config, load_to_answer
+from mechanisms.memory import Setup
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+         "max_position_embeddings": 1024, "tie_word_embeddings": False, "initializer_range": 0.1}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+          "linear_value_head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 32}
+VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+          "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+
+
+def in_wrapper(outer, **text):
+    return outer(text_config=text, vision_config=VISION, tie_word_embeddings=False)
+
+
+CONFIGS = {
+    "qwen2_moe": lambda **ends: transformers.Qwen2MoeConfig(**SIZES, **SHARED, **ends),
+    "qwen3_moe": lambda **ends: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, **ends),
+    "qwen3_next": lambda **ends: transformers.Qwen3NextConfig(**SIZES, **LINEAR, **SHARED, **ends),
+    "qwen3_5": lambda **ends: in_wrapper(transformers.Qwen3_5Config, **SIZES, **LINEAR, intermediate_size=96, **ends),
+    "qwen3_5_moe": lambda **ends: in_wrapper(transformers.Qwen3_5MoeConfig, **SIZES, **LINEAR, **SHARED, **ends),
+    "qwen3_5_text": lambda **ends: transformers.Qwen3_5TextConfig(**SIZES, **LINEAR, intermediate_size=96, **ends)}
+
+
+@pytest.fixture(scope="module")
+def make_published(make_model, tmp_path_factory):
+    """make_published(kind) -> folder as it is published: the wrapped ones with a vision tower and an MTP layer."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder, plain = tmp_path_factory.mktemp("published") / kind, make_model()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(plain)
+            config = CONFIGS[kind](vocab_size=load_config(str(plain)).vocab_size, pad_token_id=tokenizer.pad_token_id,
+                                   eos_token_id=tokenizer.eos_token_id)
+            torch.manual_seed(0)
+            wrapped = config.get_text_config() is not config
+            auto = transformers.AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+            model = auto.from_config(config, dtype=torch.float32)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(plain)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if wrapped:
+                file = folder / "model.safetensors"
+                save_file({**load_file(file), "mtp.fc.weight": torch.randn(64, 128)}, file, {"format": "pt"})
+            made[kind] = folder
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def run(make_published, cache_dir, tmp_path):
+    """run(kind, *flags) -> Trainer."""
+
+    def train(kind, *flags):
+        return finetune.train(prepare_command_line(finetune.__file__, [str(word) for word in (
+            "--model_name_or_path", make_published(kind), "--data_path", EXAMPLES / "data", "--cache_dir", cache_dir,
+            "--output_dir", tmp_path / "out", "--per_device_train_batch_size", 2, "--logging_steps", 1,
+            "--save_strategy", "no", "--model_max_length", 128, "--learning_rate", "1e-3", "--max_steps", 4, *flags)]))
+
+    return train
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_5", "qwen3_next", "qwen3_5_moe"])
+def test_the_road_of_a_model(run, kind, method, make_published, tmp_path, capsys):
+    """Train, resume to the same bits, load with the stock classes, merge, and answer."""
+    flags = ["--use_lora"] if method == "lora" else ["--gradient_accumulation_steps", 2, "--packing"]
+    out, again, name = tmp_path / "out", tmp_path / "again", "adapter_model" if method == "lora" else "model"
+    run(kind, "--save_strategy", "steps", "--save_steps", 2, *flags)
+    run(kind, "--output_dir", again, "--resume_from_checkpoint", out / "checkpoint-2", *flags)
+    results = [load_file(folder / f"{name}.safetensors") for folder in (out, again)]
+    base = load_file(make_published(kind) / "model.safetensors")
+    assert results[0].keys() == results[1].keys()
+    assert [key for key, tensor in results[0].items() if not torch.equal(tensor, results[1][key])] == []
+    if method == "full":
+        text = {key for key in base if "visual" not in key and not key.startswith("mtp.")}
+        assert results[0].keys() == text and any(not torch.equal(base[key], results[0][key]) for key in text)
+    stock = (AutoPeftModelForCausalLM if method == "lora" else AutoModelForCausalLM).from_pretrained(out).eval()
+    model, tokenizer = load_to_answer(str(out))
+    ids = torch.tensor([tokenizer("Who are you?")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, model(ids).logits)
+    if method == "lora":
+        merge_lora.merge(["--adapter_path", str(out), "--output_dir", str(tmp_path / "merged")])
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    capsys.readouterr()
+    chat.main([str(out), "--message", "Who are you?", "--do_sample", "False", "--max_new_tokens", "4"])
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("kind, reached, missed", [
+    ("qwen3_moe", ["self_attn.q_proj x 4", "self_attn.o_proj x 4"], ["mlp.experts.gate_up_proj x 4"]),
+    ("qwen2_moe", ["self_attn.q_proj x 4", "mlp.shared_expert.up_proj x 4"], ["mlp.experts.down_proj x 4"]),
+    ("qwen3_5", ["linear_attn.in_proj_qkv x 3", "linear_attn.out_proj x 3", "mlp.up_proj x 4", "self_attn.q_proj x 1"],
+     ["linear_attn.in_proj_a x 3"]),
+    ("qwen3_5_moe", ["linear_attn.in_proj_z x 3", "mlp.shared_expert.down_proj x 4"], ["mlp.experts.down_proj x 4"]),
+    ("qwen3_next", ["linear_attn.in_proj_qkvz x 3", "self_attn.k_proj x 1"], ["mlp.shared_expert.gate_proj x 4"])])
+def test_adapters_are_where_the_table_says(run, kind, reached, missed, capsys):
+    trainer = run(kind, "--use_lora", "--max_steps", 1)
+    above, below = capsys.readouterr().out.split("Adapters:\n")[1].split("\n\n")[0].split("not reached")
+    adapted = [name.removesuffix(".lora_A.default") for name, _ in trainer.model.named_modules()
+               if name.endswith(".lora_A.default")]
+    for line in reached:
+        layer, count = line.split(" x ")
+        assert line in above and sum(name.endswith(layer) for name in adapted) == int(count)
+    for line in missed:
+        assert line in below and not any(name.endswith(line.split(" x ")[0]) for name in adapted)
+
+
+def test_a_router_loss_is_switched_off(run, make_published, tmp_path, capsys):
+    folder = make_published("qwen3_moe")
+    plain = run("qwen3_moe", "--max_steps", 1).state.log_history[0]["loss"]
+    other = tmp_path / "router"
+    other.mkdir()
+    for file in folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "output_router_logits": True}))
+    trainer = run("qwen3_moe", "--model_name_or_path", other, "--output_dir", tmp_path / "second", "--max_steps", 1)
+    assert "loss of its routers: it is switched off" in capsys.readouterr().out
+    assert trainer.state.log_history[0]["loss"] == plain
+
+
+@pytest.mark.parametrize("kind, flags, message", [
+    ("qwen3_moe", ["--q_lora"], "--q_lora: this model is a mixture of experts, and 98,304 of its .* weights"),
+    ("qwen3_next", ["--use_lora", "--lora_target_modules", "shared_expert.gate_proj"], "adapts the routed experts")])
+def test_what_would_be_missed_in_silence_is_refused(run, kind, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(kind, *flags)
+
+
+@pytest.mark.parametrize("config, message", [
+    (transformers.Qwen2_5_VLConfig, "qwen2_5_vl model"), (transformers.Qwen3VLConfig, "qwen3_vl model"),
+    (transformers.Qwen2AudioConfig, "qwen2_audio model"), (transformers.Qwen2_5OmniConfig, "qwen2_5_omni model"),
+    (transformers.Qwen4ExpConfig, "read across the samples of a row")])
+def test_families_that_cannot_be_trained_are_refused_by_name(config, message, tmp_path):
+    config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_config(str(tmp_path))
+
+
+def test_gptq_of_hybrids_is_refused(make_published, tmp_path):
+    with pytest.raises(UserError, match="linear attention"):
+        run_gptq.run(["--model_name_or_path", str(make_published("qwen3_5")), "--data_path", str(EXAMPLES / "data"),
+                      "--out_path", str(tmp_path / "int4")])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_memory_is_counted_over_all_kinds_of_layers(make_published, kind):
+    """Eight layers of a hybrid are two periods of four: what they keep is counted, not continued from the first two."""
+    config = load_config(str(make_published(kind)))
+    setup = Setup(config, device=torch.device("cpu"), compute=torch.float32)
+    hybrid = hasattr(config, "linear_num_key_heads")
+    assert memory._period(setup) == (4 if hybrid else 1)
+    stored, recomputed = memory.activation_bytes(setup, 256)
+    assert stored == pytest.approx(memory._run(setup, 4, 256)[0], rel=1e-6) and recomputed < stored
