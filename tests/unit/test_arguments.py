@@ -232,4 +232,4 @@ def test_layers_that_would_mix_samples_are_refused():
     assert "linear_attention" in config.layer_types
     _, _, training, lora = parse_arguments(["--data_path", "x"])
     with pytest.raises(UserError, match="layers of the kind linear_attention"):
-        check_trainable(config, training, lora)
+        check_trainable("x", config, training, lora)
