@@ -123,9 +123,12 @@ def load_config(path, cache_dir=None):
 
 
 def fit_arguments(config, training_args, lora_args):
-    """Change two arguments to what the model has, and say so: --model_max_length to its number of positions, and names
-    of Qwen-1's layers in --lora_target_modules to today's."""
+    """Change two arguments to what the model has, and say so: --model_max_length to its number of positions (as YaRN
+    extends it), and names of Qwen-1's layers in --lora_target_modules to today's."""
     limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit and rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
+        limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
     if limit and training_args.model_max_length > limit:
         say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
             f"{limit} is used")

@@ -1,4 +1,4 @@
-"""Adapters of other programs: what fits the model is continued and merged, anything else is refused everywhere alike."""
+"""Adapters of other programs: what fits the model is continued and merged, others are refused everywhere alike."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ import chat
 import finetune
 import merge_lora
 from examples.make_tiny_model import EXAMPLES
+from mechanisms import loading
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +79,12 @@ def rank_as_text(folder):
 @pytest.mark.parametrize("fault", [*TENSOR_FAULTS, *OTHER_FAULTS, "a rank that is a text"])
 def test_an_adapter_that_does_not_fit_is_refused_alike(fault, plain, foreign, make_model, cache_dir, tmp_path, capsys,
                                                        monkeypatch):
-    for module in (finetune, finetune.load_weights.__module__):
-        monkeypatch.setattr(f"{module}.load_weights" if isinstance(module, str) else f"{module.__name__}.load_weights",
-                            lambda *_, **__: pytest.fail("weights were loaded"))
+    if fault in OTHER_FAULTS:
+        made, message = OTHER_FAULTS[fault](foreign, make_model)
+    for module in (finetune, loading):
+        monkeypatch.setattr(module, "load_weights", lambda *_, **__: pytest.fail("weights were loaded"))
     adapter, model = tmp_path / "adapter", make_model(tie_word_embeddings=False) if "rows" in fault else make_model()
     if fault in OTHER_FAULTS:
-        monkeypatch.undo()
-        made, message = OTHER_FAULTS[fault](foreign, make_model)
         shutil.copytree(made, adapter)
     else:
         shutil.copytree(plain, adapter)
@@ -137,7 +137,7 @@ def test_a_good_adapter_is_continued_and_merged(kind, foreign, train, tmp_path, 
     before, after = (load_file(folder / "adapter_model.safetensors") if kind != "a .bin file" or folder != adapter
                      else torch.load(folder / "adapter_model.bin") for folder in (adapter, tmp_path / "out"))
     for name in before.keys() & after.keys():
-        assert 0 <= (after[name] - before[name]).abs().max() < 0.01  # one step on from where it was
-    assert before.keys() <= after.keys()
+        assert (after[name] - before[name]).abs().max() < 0.005  # one step on from where it was
+    assert before.keys() <= after.keys() and any(not after[name].equal(before[name]) for name in before)
     merge_lora.merge(["--adapter_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "merged")])
     assert "The same as base and adapter" in capsys.readouterr().out
