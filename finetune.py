@@ -389,7 +389,7 @@ def read_model_folder(model_args, training_args, lora_args):
     model_args.model_name_or_path = convert_if_qwen1(model_args.model_name_or_path, training_args.cache_dir)
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
     fit_arguments(config, training_args, lora_args)
-    check_trainable(config, training_args, lora_args)
+    check_trainable(model_args.model_name_or_path, config, training_args, lora_args)
     if note := kernel_note(config, training_args.device):
         say(f"note: {note}")
     return config, load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)

@@ -127,7 +127,7 @@ def find_full_base(args):
     if quantization:
         method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
         name = source_name(base)
-        original = re.sub(r"-(GPTQ-)?Int[48]$", "", name)
+        original = re.sub(r"-((GPTQ-)?Int[48]|(unsloth-)?bnb-4bit)$", "", name)
         example = f" (by its name, {original})" if original != name else ""
         raise UserError(f"{name} is quantized ({str(method).upper()}), and weights cannot be merged into rounded ones: "
                         f"give the 16-bit model that it was made from as --base_model{example}")

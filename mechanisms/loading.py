@@ -1,12 +1,15 @@
 """A model folder or an adapter folder -> a config, weights, a model that answers; or one clear sentence why not."""
 
 import contextlib
+import copy
 import dataclasses
+import json
 import os
 import pickle
 import warnings
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mechanisms.console import say
@@ -69,6 +72,8 @@ def load_to_answer(path, base_model=None, dtype="auto", device_map=None):
     folder = path if base else source
     has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
     tokenizer = load_tokenizer(folder if has_tokenizer else source)
+    if base:
+        check_adapter(path, read_adapter(path), source, model_config(source, f"the base model of {path}"))
     try:
         model = load_weights(source, dtype=dtype, device_map=device_map)
     except LOADING_ERRORS as error:
@@ -87,14 +92,21 @@ def _put_on(model, base, path):
     from peft import PeftModel
 
     with gptqmodel_hidden(not is_gptq(model.config)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns of choices made in training, but one warning says something else:
-        warnings.filterwarnings("error", "Found missing adapter keys")  # the adapter is of a model with fewer layers
+        warnings.simplefilter("ignore")  # peft warns of choices made in training
         try:
             with no_code(path):
                 return PeftModel.from_pretrained(model, path)
-        except (*LOADING_ERRORS, UserWarning) as error:
-            reason = first_line(str(error).removeprefix("Error(s) in loading state_dict for PeftModelForCausalLM:"))
-            raise UserError(f"the adapter {path} does not fit the model {base}: {reason[:300]}") from error
+        except LOADING_ERRORS as error:
+            raise UserError(f"the adapter {path} does not fit the model {base}: {first_line(error)[:300]}") from error
+
+
+def model_config(path, what):
+    """The config of the model at `path`; `what` names it in the UserError if it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{path}, {what}, cannot be loaded: {first_line(error)}. Say with --base_model where it "
+                        "is") from error
 
 
 def load_config(path, cache_dir=None):
@@ -129,14 +141,17 @@ def load_config(path, cache_dir=None):
 
 
 def fit_arguments(config, training_args, lora_args):
-    """Change two arguments to what the model has, and say so: --model_max_length to its number of positions, and names
-    of Qwen-1's layers in --lora_target_modules to today's. The config's router loss is switched off: transformers adds
-    it to the loss of each batch as a whole, whatever part of a step that batch is."""
+    """Change two arguments to what the model has, and say so: --model_max_length to its number of positions (as YaRN
+    extends it), and names of Qwen-1's layers in --lora_target_modules to today's. The config's router loss is switched
+    off: transformers adds it to the loss of each batch as a whole, whatever part of a step that batch is."""
     if getattr(config, "output_router_logits", False):
         say("note: the model's config asks for a loss of its routers: it is switched off, they are trained by the "
             "loss of the answers alone")
         config.output_router_logits = False
     limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit and rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
+        limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
     if limit and training_args.model_max_length > limit:
         say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
             f"{limit} is used")
@@ -145,18 +160,21 @@ def fit_arguments(config, training_args, lora_args):
         asked, network = lora_args.lora_target_modules, empty_network(config)
         if set(asked) == set(type(lora_args)().lora_target_modules) != set(default_targets(network)):
             lora_args.lora_target_modules = default_targets(network)
-        lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(config))
+        lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(network))
         if lora_args.lora_target_modules != asked or experts_of(network):
             say("Adapters:", reach(network, lora_args.lora_target_modules), "")
 
 
-def layer_names(config):
+def layer_names(network):
     """The last parts of the names of all modules of the network, as a set."""
-    return {name.rpartition(".")[2] for name, _ in empty_network(config).named_modules()}
+    return {name.rpartition(".")[2] for name, _ in network.named_modules()}
 
 
-def check_trainable(config, training_args, lora_args):
-    """Refuse what this model cannot do, by its config and that of an adapter to continue. Raises UserError."""
+def check_trainable(model, config, training_args, lora_args):
+    """Refuse what the model (a path) cannot do, by its config, and an adapter to continue that does not fit it.
+
+    Raises UserError.
+    """
     if getattr(config, "quantization_config", None) and not lora_args.q_lora:
         raise UserError("this model is quantized: its weights cannot be trained. Add --q_lora to train adapters on it")
     others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention", LINEAR})
@@ -165,7 +183,8 @@ def check_trainable(config, training_args, lora_args):
                         "one sample of a batch into the next. Only attention, whole, sliding and linear, is supported")
     if not training_args.use_lora:
         return
-    network, names = empty_network(config), layer_names(config)
+    network = empty_network(config)
+    names = layer_names(network)
     experts = sum(weight.numel() for weight in experts_of(network).values())
     if lora_args.q_lora and experts:
         whole = sum(parameter.numel() for parameter in network.parameters())
@@ -182,7 +201,9 @@ def check_trainable(config, training_args, lora_args):
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
                         + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head")))))
     if lora_args.lora_weight_path:
-        _check_adapter(lora_args, names)
+        adapter = read_adapter(lora_args.lora_weight_path)
+        _check_settings(lora_args, adapter)
+        check_adapter(lora_args.lora_weight_path, adapter, model, config)
 
 
 def peft_name(flag):
@@ -192,28 +213,88 @@ def peft_name(flag):
     return next((name for name in (flag.removeprefix("lora_"), flag) if name in LoraConfig.__dataclass_fields__), None)
 
 
-def _check_adapter(lora_args, names):
-    """A continued adapter keeps its own settings: flags that say otherwise would have no effect.
-
-    names: see `layer_names`.
-    """
+def read_adapter(path):
+    """The LoraConfig of the adapter at `path`. Raises UserError if it is none, or of another kind."""
     from peft import PeftConfig
 
-    path = lora_args.lora_weight_path
     if not os.path.isdir(path) and not could_be_on_the_hub(path):
-        raise UserError(f"--lora_weight_path {path}: no such folder")
+        raise UserError(f"the adapter {path}: no such folder")
     try:
         adapter = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--lora_weight_path {path}: no usable adapter there: {first_line(error)}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"no usable adapter in {path}: {first_line(error)}") from error
     if adapter.peft_type != "LORA":
-        raise UserError(f"--lora_weight_path {path}: an adapter of the kind {adapter.peft_type}; only LoRA can be "
-                        "continued")
-    targets = [] if isinstance(adapter.target_modules, str) else adapter.target_modules  # a str is a pattern
-    missing = {name for name in targets if name.rpartition(".")[2] not in names}
+        raise UserError(f"the adapter {path} is of the kind {getattr(adapter.peft_type, 'value', adapter.peft_type)}: "
+                        "only LoRA adapters can be continued, merged and talked to")
+    wrong = [f'"{name}": {json.dumps(getattr(adapter, name))}' for name in ("r", "lora_alpha", "lora_dropout")
+             if isinstance(getattr(adapter, name), bool) or not isinstance(getattr(adapter, name), (int, float))]
+    if wrong:
+        raise UserError(f"adapter_config.json of the adapter {path} is damaged: {', '.join(wrong)} is no number")
+    return adapter
+
+
+def check_adapter(path, adapter, model, config):
+    """Refuse an adapter whose tensors are not those that peft would make for this model: it takes others silently.
+
+    Args:
+        adapter: its LoraConfig.
+        model, config: the model under it, a path, and its config.
+
+    Raises UserError.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    network = empty_network(config)
+    names = layer_names(network)
+    targets = [] if isinstance(adapter.target_modules, str) else adapter.target_modules or []  # a str is a pattern
+    missing = sorted(name for name in targets if name.rpartition(".")[2] not in names)
     if missing:
-        raise UserError(f"--lora_weight_path {path}: that adapter is for layers which this model lacks: "
-                        f"{' '.join(sorted(missing))} (those trained on Qwen-1 by its own program cannot be continued)")
+        raise UserError(f"the adapter {path} is for layers which this model lacks: {' '.join(missing)} (those trained "
+                        "on Qwen-1 by its own program cannot be used)")
+    shapes = _adapter_shapes(path)
+    if empty := [name for name, shape in shapes.items() if 0 in shape]:
+        raise UserError(f"the adapter {path} holds empty tensors ({len(empty)} of {len(shapes)}, such as {empty[0]}): "
+                        "it was saved under ZeRO-3 or FSDP without gathering its weights. Save it again")
+    settings = copy.copy(adapter)
+    settings.init_lora_weights = True  # others compute with the weights
+    settings.inference_mode, settings.task_type = False, "CAUSAL_LM"
+    try:
+        with warnings.catch_warnings(), torch.device("meta"), gptqmodel_hidden(True):
+            warnings.simplefilter("ignore")
+            network = get_peft_model(network, settings)
+            found = set_peft_model_state_dict(network, {name: torch.empty(shape) for name, shape in shapes.items()})
+    except KeyError as error:
+        problem = f"it lacks {error}"
+    except (ValueError, RuntimeError, TypeError) as error:
+        problem = " ".join(str(error).removeprefix("Error(s) in loading state_dict for PeftModelForCausalLM:").split())
+    else:
+        own = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        missing = [name for name in found.missing_keys if name in own]
+        problem = "; ".join(f"{len(names)} tensors {what}, such as {names[0]}" for names, what in (
+            (missing, "of this model's layers are missing in it"),
+            (found.unexpected_keys, "in it belong to no layer of this model")) if names)
+    if problem:
+        raise UserError(f"the adapter {path} does not fit the model {model}: {problem[:400]}. It was made for another "
+                        "model, or by a program that names layers otherwise")
+
+
+def _adapter_shapes(path):
+    """{name: shape} of the tensors in the adapter's file. Raises UserError."""
+    from peft import load_peft_weights
+
+    file = os.path.join(path, "adapter_model.safetensors")
+    try:
+        if os.path.isfile(file):
+            with safe_open(file, "pt") as tensors:
+                return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        with no_code(path):
+            return {name: tuple(tensor.shape) for name, tensor in load_peft_weights(path, device="cpu").items()}
+    except LOADING_ERRORS as error:
+        raise UserError(f"the weights of the adapter {path} cannot be loaded: {first_line(error)}") from error
+
+
+def _check_settings(lora_args, adapter):
+    """A continued adapter keeps its own settings: flags that say otherwise would have no effect."""
     wrong, defaults = [], type(lora_args)()
     for field in dataclasses.fields(lora_args):
         asked, name = getattr(lora_args, field.name), peft_name(field.name)

@@ -207,8 +207,11 @@ def _network(setup, layers=None):
         if setup.adapter:
             from peft import get_peft_model
 
+            adapter = copy.deepcopy(setup.adapter)
+            if layers:  # of which each is like one that has adapters
+                adapter.layers_to_transform = adapter.layers_pattern = None
             with gptq.gptqmodel_hidden(True):
-                network = get_peft_model(network, copy.deepcopy(setup.adapter)).get_base_model()
+                network = get_peft_model(network, adapter).get_base_model()
     keep_within_samples(network)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(setup.trained if parameter.requires_grad else setup.compute)

@@ -307,8 +307,9 @@ def test_an_adapter_without_tokenizer_gets_that_of_its_base(make_adapter, taught
     assert answer(tmp_path / "merged", taught[0][0]) == taught[0][1]
 
 
-def test_a_quantized_base_needs_the_original(make_adapter, tmp_path):
-    quantized, adapter = tmp_path / "Some-Chat-GPTQ-Int4", tmp_path / "adapter"
+@pytest.mark.parametrize("ending", ["GPTQ-Int4", "bnb-4bit", "unsloth-bnb-4bit"])
+def test_a_quantized_base_needs_the_original(make_adapter, tmp_path, ending):
+    quantized, adapter = tmp_path / f"Some-Chat-{ending}", tmp_path / "adapter"
     shutil.copytree(make_adapter.base("lora"), quantized)
     config = json.loads((quantized / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
@@ -326,8 +327,9 @@ def test_a_quantized_base_needs_the_original(make_adapter, tmp_path):
 @pytest.mark.parametrize("case, message", [
     ("missing", "no such folder"), ("model", "is a whole model: there is nothing to merge"),
     ("empty", "holds neither a model"), ("damaged", "adapter_config.json is damaged"),
-    ("no weights", "does not fit"), ("cut weights", "does not fit"), ("narrower base", "does not fit .*size mismatch"),
-    ("deeper base", "does not fit .*missing adapter keys"), ("no base", "--base_model /nowhere: no such folder"),
+    ("no weights", "weights of the adapter .* cannot be loaded"),
+    ("cut weights", "weights of the adapter .* cannot be loaded"), ("narrower base", "does not fit .*size mismatch"),
+    ("deeper base", "does not fit .*are missing in it"), ("no base", "--base_model /nowhere: no such folder"),
     ("shard size", "--max_shard_size 2"), ("no place", "cannot be made"), ("not a folder", "is not empty")])
 def test_what_cannot_be_merged(case, message, make_adapter, make_model, tmp_path):
     adapter, flags, out = tmp_path / "adapter", [], tmp_path / "merged"

@@ -16,7 +16,7 @@ from finetune import parse_arguments
 from mechanisms import strategies
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
-from mechanisms.loading import check_trainable
+from mechanisms.loading import check_trainable, fit_arguments
 
 ROOT = Path(finetune.__file__).parent
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -232,4 +232,11 @@ def test_layers_that_would_mix_samples_are_refused():
     config.layer_types[0] = "conv"
     _, _, training, lora = parse_arguments(["--data_path", "x"])
     with pytest.raises(UserError, match="layers of the kind conv:"):
-        check_trainable(config, training, lora)
+        check_trainable("x", config, training, lora)
+
+
+def test_yarn_extends_the_longest_sample():
+    training, lora = parse_arguments(["--data_path", "x", "--model_max_length", "300"])[2:]
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6}
+    fit_arguments(transformers.Qwen2Config(max_position_embeddings=64, rope_parameters=rope), training, lora)
+    assert training.model_max_length == 256
