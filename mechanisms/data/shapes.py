@@ -114,7 +114,7 @@ def nearest_shape(record: dict) -> str:
 
 def shown(value: object) -> str:
     """The beginning of a JSON value, for a message."""
-    return json.dumps(value, ensure_ascii=False)[:60]
+    return json.dumps(value, ensure_ascii=False, default=str)[:60]
 
 
 def with_system(system: object, turns: list, wrong: list[tuple[str, str]]) -> list:
