@@ -227,7 +227,7 @@ def _csv(path, delimiter, problems):
                 yield text
 
     rows = csv_rows(lines(), delimiter)
-    _, names = next(rows)
+    _, names = next(rows, (0, []))  # none: not UTF-8, which is said
     if len(set(names)) < len(names):
         raise Unreadable(f"two columns have the same name: {', '.join(names)}")
     for number, (line, cells) in enumerate(rows, 1):
