@@ -6,7 +6,6 @@
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -42,7 +41,8 @@ def read(path):
 
     problems, began = Problems(), time.time()
     count = sum(1 for _ in to_conversations(read_files([path], problems), problems, Notices()))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with open("/proc/self/status", encoding="utf-8") as status:  # getrusage would count the parent's peak too
+        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
     print(f"{os.path.basename(path):14} {count:>9,} conversations {os.path.getsize(path) / 1e6:>7.0f} MB "
           f"{time.time() - began:>6.1f} s {peak:>6.0f} MiB at most")
 
