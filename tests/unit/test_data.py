@@ -1,4 +1,4 @@
-"""Records out of files: three shapes, every encoding of lines, and every problem with its place."""
+"""Records out of files: every shape, every encoding of lines, and every problem with its place."""
 
 import collections
 import functools
