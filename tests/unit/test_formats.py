@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -182,6 +183,13 @@ def test_pyarrow_is_imported_only_for_files_that_need_it(tmp_path):
               "assert all(len(list(read_records(path, Problems()))) == 1000 for path in sys.argv[1:])\n"
               "assert not {'pyarrow', 'datasets', 'torch'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", script, tmp_path / "a.jsonl.gz", tmp_path / "b.csv"], check=True)
+
+
+def test_what_a_terminal_cannot_show_is_escaped():
+    script = "from mechanisms.console import say\nsay('\u4f60', 5)"
+    said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}).stdout
+    assert said == "\\u4f60\n5\n"
 
 
 @pytest.mark.parametrize("kind", ["array", "pretty array"])
