@@ -66,8 +66,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = field(default=None, metadata={
-        "help": "Training data: files, folders or globs; JSON arrays or JSON Lines.", "metavar": "PATH",
-        "exists": "data", "missing": "which data to train on?"})
+        "help": "Training data: files, folders or globs; JSON Lines or arrays, CSV, TSV, parquet, arrow; also packed.",
+        "metavar": "PATH", "exists": "data", "missing": "which data to train on?"})
     eval_data_path: list[str] = field(default=None, metadata={
         "help": "Evaluation data, as --data_path; used at the end and per --eval_strategy.", "metavar": "PATH",
         "exists": "data"})

@@ -8,9 +8,10 @@ from tqdm import tqdm
 
 
 def say(*lines):
-    """Print on the first rank of all nodes only."""
+    """Print on the first rank of all nodes only; what the terminal's encoding lacks is escaped."""
     if lines and int(os.environ.get("RANK", 0)) == 0:
-        print(*lines, sep="\n", flush=True)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print("\n".join(map(str, lines)).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def table(rows):

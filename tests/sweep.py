@@ -2,11 +2,13 @@
 
   REAL_DATA=folder python -m tests.sweep real             # all real datasets x all tokenizers x all modes
   REAL_DATA=folder python -m tests.sweep fuzz --cases 10000
+  python -m tests.sweep files --cases 10000               # mutated data files of every kind; needs no REAL_DATA
 """
 
 import argparse
 import json
 import os
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -86,10 +88,17 @@ def sweep(tokenizer, files, thinking, every=1, longest=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["real", "fuzz"])
+    parser.add_argument("what", choices=["real", "fuzz", "files"])
     parser.add_argument("--cases", type=int, default=10_000, help="of the fuzz, for each tokenizer together (10000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.what == "files":
+        from tests.fuzz_files import fuzz_files
+
+        with tempfile.TemporaryDirectory() as folder:
+            counts = fuzz_files(args.cases, random.Random(args.seed), Path(folder))
+        print(*(f"{count:>9,} {what}" for what, count in sorted(counts.items())), sep="\n")
+        return
     real_data, total, wrong, began = Path(os.environ["REAL_DATA"]), 0, 0, time.time()
     with tempfile.TemporaryDirectory() as cache:
         for name, path in tokenizer_paths(real_data).items():

@@ -1,17 +1,23 @@
 """JSON records out of files, each with the place it stands, and every problem of the input collected on the way."""
 
+import codecs
 import collections
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from mechanisms.data.files import Unreadable, csv_rows, delimiter_of, foreign, open_unpacked, table_kind, table_rows
 from mechanisms.errors import UserError
 from mechanisms.paths import data_files
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 DEEPEST = 100  # levels of lists and objects in a record; beyond, libraries give up at places of their own
+_HEAD = 4096  # bytes that tell what a file is
+_CHUNK = 1 << 18  # bytes of a JSON array read at once
+_LONGEST_WORD = 100  # characters before the end of what is read, in which a fault may be only that it goes on there
 _SHOWN = 20  # problems printed in full; the rest are counted per kind
 
 
@@ -90,7 +96,9 @@ class Problems:
         """One line per problem for the first 20 rejected records, then a count per kind."""
         lines = list(self.fatal)
         for row in self.rejected[:_SHOWN]:
-            data = row["data"] if isinstance(row["data"], str) else json.dumps(row["data"], ensure_ascii=False)
+            data = row["data"]
+            if not isinstance(data, str):
+                data = json.dumps(data, ensure_ascii=False, default=str)  # a table may hold dates and bytes
             excerpt = data if len(data) <= 100 else data[:97] + "..."
             for reason in row["reasons"]:
                 lines.append(f"{row['file']}:{row['line']} (record {row['record']}): {reason}")
@@ -116,43 +124,73 @@ class Problems:
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # half characters as JSON has them
             for row in self.rejected:
                 row = {key: value for key, value in row.items() if key != "kinds"}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def find_files(patterns: list[str], problems: Problems) -> list[str]:
-    """Data files for a list of files, folders (every .json and .jsonl below) and globs, in a fixed order."""
+    """Data files for a list of files, folders (every data file below) and globs, in a fixed order."""
     files, missing = data_files(patterns)
     problems.fatal += missing
     return files
 
 
 def read_records(path: str, problems: Problems) -> Iterator[tuple[Place, object]]:
-    """Yield (Place, record) for a JSON array or JSON Lines file, told apart by content, not by name.
+    """Yield (Place, record) of a data file, one after the other; what it is is told by content, not by name.
 
-    UTF-8 with or without byte order mark, LF or CRLF. A line of JSON Lines that is broken is added to `problems` and
-    reading goes on; in an array nothing after the first broken place can be trusted, so reading ends there.
+    JSON arrays and JSON Lines, CSV and TSV (UTF-8 with or without byte order mark, LF or CRLF), each also packed with
+    gzip, bzip2 or zstd, parquet and arrow. A line of JSON Lines or a row of CSV that is broken is added to `problems`
+    and reading goes on; nothing after a broken place in anything else can be trusted, so reading ends there.
     """
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            head = file.read(4096)
-    except OSError as error:
-        problems.fatal.append(f"{path}: cannot be read: {error.strerror}")
-        return
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        problems.fatal.append(f"{path}: UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
-        return
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start:
-        problems.fatal.append(f"{path}: the file is empty" if size <= 4096 else f"{path}: starts with blank space only")
-        return
     count = 0
-    for place, record in (_array if start[:1] == b"[" else _lines)(path, problems):
-        count += 1
-        yield place, record
+    try:
+        for place, record in _read(path, problems):
+            count += 1
+            yield place, record
+    except Unreadable as error:
+        problems.fatal.append(f"{path}: {error}")
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None)
+        problems.fatal.append(f"{path}: cannot be read: {reason}" if reason else
+                              f"{path}: a damaged archive, or one cut off: {error}. Download or pack it again")
     if not count and not any(row["file"] == path for row in problems.rejected) \
             and not any(text.startswith(f"{path}:") for text in problems.fatal):
         problems.fatal.append(f"{path}: no records in this file")
+
+
+def _read(path, problems):
+    kind = table_kind(path)
+    if kind:
+        for number, row in enumerate(table_rows(path, kind), 1):
+            yield Place(path, number, number), row
+        return
+    with open_unpacked(path) as file:
+        head = file.read(_HEAD)
+        more = len(head) == _HEAD
+    if reason := foreign(head):
+        raise Unreadable(reason)
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start:
+        raise Unreadable("starts with blank space only" if more else "the file is empty")
+    text = start.decode(errors="replace")
+    header = text.splitlines()[0]
+    if text[0] == "[":
+        yield from _values(path, problems, opening="[", between=",", closing="]")
+    elif re.search(r"^\s*\{", text, re.MULTILINE) or _is_json(header):
+        yield from _lines(path, problems)
+    elif delimiter := delimiter_of(header):
+        yield from _csv(path, delimiter, problems)
+    else:
+        with open_unpacked(path) as file:
+            if all(_decode(raw, path, line, problems) is not None for line, raw in enumerate(file, 1)):
+                raise Unreadable(f"neither JSON nor CSV with a line of column names: it starts with {header[:60]!r}")
+
+
+def _is_json(text):
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _decode(raw, path, line, problems):
@@ -160,20 +198,48 @@ def _decode(raw, path, line, problems):
     try:
         return raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        for encoding in ("gb18030", "cp949", "latin-1"):
-            try:
-                raw.decode(encoding)
-                break
-            except UnicodeDecodeError:
-                continue
-        problems.fatal.append(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}), perhaps {encoding}. "
-                              f"Convert it: iconv -f {encoding} -t UTF-8 FILE > NEW")
+        problems.fatal.append(_not_utf8(path, line, error))
         return None
 
 
+def _not_utf8(path, line, error):
+    """The problem of a UnicodeDecodeError in bytes that start on `line`."""
+    line += error.object.count(b"\n", 0, error.start)
+    for encoding in ("gb18030", "cp949", "latin-1"):
+        try:
+            codecs.getincrementaldecoder(encoding)().decode(error.object)  # its end may be half a character
+            break
+        except UnicodeDecodeError:
+            continue
+    return (f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}), perhaps {encoding}. "
+            f"Convert it: iconv -f {encoding} -t UTF-8 FILE > NEW")
+
+
+def _csv(path, delimiter, problems):
+    """A line of column names, then one record a row, all values strings."""
+
+    def lines():
+        with open_unpacked(path) as file:
+            for line, raw in enumerate(file, 1):
+                text = _decode(raw, path, line, problems)
+                if text is None:
+                    return
+                yield text
+
+    rows = csv_rows(lines(), delimiter)
+    _, names = next(rows, (0, []))  # none: not UTF-8, which is said
+    if len(set(names)) < len(names):
+        raise Unreadable(f"two columns have the same name: {', '.join(names)}")
+    for number, (line, cells) in enumerate(rows, 1):
+        if len(cells) == len(names):
+            yield Place(path, line, number), dict(zip(names, cells))
+        else:
+            problems.add(Place(path, line, number), [("a row has one cell for each column", f"{len(cells)} cells, "
+                         f"{len(names)} columns ({', '.join(names)})")], cells)
+
+
 def _lines(path, problems):
-    with open(path, "rb") as file:
+    with open_unpacked(path) as file:
         number = 0
         for line, raw in enumerate(file, 1):
             text = _decode(raw, path, line, problems)
@@ -187,8 +253,11 @@ def _lines(path, problems):
                 record = json.loads(text)
             except (ValueError, RecursionError) as error:
                 if number == 1 and _spans_lines(path):
-                    yield from _concatenated(path, problems)
+                    yield from _values(path, problems, opening="", between="", closing="")
                     return
+                if number == 1 and text.rstrip().endswith(",") and _is_json(text.rstrip()[:-1]):
+                    raise Unreadable("JSON Lines with a comma at the end of each line. Remove them: "
+                                     "sed 's/,[[:space:]]*$//' FILE > NEW") from error
                 detail = str(error)
                 if isinstance(error, json.JSONDecodeError):
                     detail = f"{error.msg} at column {error.colno}"
@@ -199,61 +268,116 @@ def _lines(path, problems):
 
 def _spans_lines(path):
     """Whether the file starts with one JSON value that goes over several lines (so it is not JSON Lines)."""
-    with open(path, "rb") as file:
-        text = file.read().decode("utf-8-sig", errors="replace")
-    try:
-        _, end = json.JSONDecoder().raw_decode(text, _SPACE.match(text).end())
-    except (ValueError, RecursionError):
-        return False
-    return "\n" in text[:end]
+    values = _values(path, Problems(), opening="", between="", closing="", whole_values=lambda text: "\n" in text)
+    return next(values, None) is not None
 
 
-def _array(path, problems):
-    return _values(path, problems, opening="[", between=",", closing="]")
+class _Text:
+    """The text of a file as a window that moves on: `text` from `position`, which `line` and `column` (from 1) are of.
+    """
 
+    def __init__(self, file, path):
+        self.file, self.path, self.decoder = file, path, codecs.getincrementaldecoder("utf-8")()
+        self.text, self.position, self.ended, self.read_lines = "", 0, False, 1
+        self.line = self.column = 1
+        self.more()
+        self.text = self.text.removeprefix("\ufeff")
 
-def _concatenated(path, problems):
-    return _values(path, problems, opening="", between="", closing="")
-
-
-def _values(path, problems, opening, between, closing):
-    """The JSON values of a text, one at a time, with the line each starts on."""
-    with open(path, "rb") as file:
-        text = _decode(file.read(), path, 1, problems)
-    if text is None:
-        return
-    decode = json.JSONDecoder().raw_decode
-    position = _SPACE.match(text).end() + len(opening)
-    line, counted, number = 1, 0, 0
-    expected = ""  # what has to stand before the next value: nothing before the first
-    while True:
-        position = _SPACE.match(text, position).end()
-        line, counted = line + text.count("\n", counted, position), position
-        if closing and text.startswith(closing, position):
-            rest = _SPACE.match(text, position + 1).end()
-            if rest < len(text):
-                line += text.count("\n", position, rest)
-                problems.fatal.append(f"{path}:{line}: text after the end of the array: {text[rest:rest + 40]!r}")
-            return
-        if position == len(text) and not closing:
-            return
-        if expected and not text.startswith(expected, position):
-            what = f"expected '{between}' or '{closing}' after record {number}"
-            if position == len(text):
-                what = f"the file ends inside the array, after record {number}: it was cut off"
-            problems.fatal.append(f"{path}:{line}: not valid JSON: {what}")
-            return
-        position = _SPACE.match(text, position + len(expected)).end()
-        line, counted = line + text.count("\n", counted, position), position
-        number += 1
+    def more(self):
+        """Read on, as much again as is waiting or more. Raises Unreadable, UnicodeDecodeError."""
+        self.text, self.position = self.text[self.position:], 0
+        raw = self.file.read(max(_CHUNK, len(self.text)))
+        self.ended = not raw
         try:
-            record, end = decode(text, position)
-        except (ValueError, RecursionError) as error:
-            detail = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                detail = f"{error.msg} at line {error.lineno} column {error.colno}"
-                line = error.lineno
-            problems.fatal.append(f"{path}:{line}: not valid JSON in record {number}: {detail}")
+            self.text += self.decoder.decode(raw, final=self.ended)
+        except UnicodeDecodeError as error:
+            error.line = self.read_lines
+            raise
+        self.read_lines += raw.count(b"\n")
+
+    def go_to(self, position):
+        newlines = self.text.count("\n", self.position, position)
+        self.line += newlines
+        self.column = (position - self.text.rindex("\n", self.position, position) if newlines
+                       else self.column + position - self.position)
+        self.position = position
+
+    def starts_with(self, what):
+        """Whether `what` (one character or none) is next, after blank space, to which this moves."""
+        while True:
+            self.go_to(_SPACE.match(self.text, self.position).end())
+            if self.position < len(self.text) or self.ended:
+                return self.text.startswith(what, self.position)
+            self.more()
+
+    def at_end(self):
+        self.starts_with("")
+        return self.position == len(self.text)
+
+    def value(self):
+        """(JSON value that is next, its text). Raises JSONDecodeError, RecursionError."""
+        decode = json.JSONDecoder().raw_decode
+        while True:
+            try:
+                value, end = decode(self.text, self.position)
+                if end < len(self.text) or self.ended:  # a number may go on
+                    return value, end
+            except json.JSONDecodeError as error:
+                inside = error.msg.startswith("Unterminated string")
+                if self.ended or not inside and error.pos + _LONGEST_WORD < len(self.text):
+                    self.go_to(error.pos)
+                    raise
+            self.more()
+
+
+def _values(path, problems, opening, between, closing, whole_values=lambda text: True):
+    """The JSON values of a text, one at a time, with the line each starts on.
+
+    whole_values(text) says of the text of a value whether it is one; the others end the reading.
+    """
+    with open_unpacked(path) as file:
+        try:
+            yield from _values_of(_Text(file, path), problems, opening, between, closing, whole_values)
+        except UnicodeDecodeError as error:
+            problems.fatal.append(_not_utf8(path, error.line, error))
+
+
+def _values_of(text, problems, opening, between, closing, whole_values):
+    path, number, expected = text.path, 0, opening
+    text.starts_with("")
+    while True:
+        if number or not opening:
+            if closing and text.starts_with(closing):
+                break
+            if not closing and text.at_end():
+                return
+        if not text.starts_with(expected):
+            what = f"expected '{between}' or '{closing}' after record {number}"
+            if text.at_end():
+                what = f"the file ends inside the array, after record {number}: it was cut off"
+            problems.fatal.append(f"{path}:{text.line}: not valid JSON: {what}")
+            return
+        text.go_to(text.position + len(expected))
+        if not number and closing and text.starts_with(closing):
+            break
+        text.starts_with("")
+        number += 1
+        line = text.line
+        try:
+            record, end = text.value()
+        except json.JSONDecodeError as error:
+            problems.fatal.append(f"{path}:{text.line}: not valid JSON in record {number}: {error.msg} at line "
+                                  f"{text.line} column {text.column}")
+            return
+        except RecursionError as error:
+            problems.fatal.append(f"{path}:{line}: not valid JSON in record {number}: {error}")
+            return
+        if not whole_values(text.text[text.position:end]):
             return
         yield Place(path, line, number), record
-        position, expected = end, between
+        text.go_to(end)
+        expected = between
+    text.go_to(text.position + len(closing))
+    if not text.at_end():
+        rest = text.text[text.position:text.position + 40]
+        problems.fatal.append(f"{path}:{text.line}: text after the end of the array: {rest!r}")

@@ -1,7 +1,7 @@
 """One JSON record of any shape people have -> a Conversation, or everything that is wrong with it.
 
-Shapes: `messages` (role/content, OpenAI's), `conversations` (from/value, ShareGPT's and the original Qwen script's) and
-`instruction`/`input`/`output` (Alpaca's).
+Shapes: lists of messages (`messages`, OpenAI's; `conversations`, ShareGPT's and the original script's; `data`), and a
+question with its answer (`instruction`/`input`/`output`, Alpaca's, and the others of PAIRS).
 """
 
 import hashlib
@@ -12,21 +12,25 @@ from typing import NamedTuple
 from mechanisms.data.records import DEEPEST, deeper
 
 # Every spelling of a role met in the wild, and the role it is.
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
          "function_call": "assistant", "tool_call": "assistant", "tool": "tool", "observation": "tool",
          "function_response": "tool", "tool_response": "tool", "function": "tool"}
 CALL_ROLES = "function_call", "tool_call"  # of messages whose content is a call, or a list of calls
 FOLLOWS = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user", "tool"),
            "tool": ("assistant", "tool")}  # what may stand right before a message of this role
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys for what an assistant thinks before it answers
-SHAPES = {"messages": {"messages"}, "conversations": {"conversations"},
-          "instruction": {"instruction", "input", "output", "history", *REASONING}}
+LISTS = "messages", "conversations", "data"  # keys of a list of messages, in the order of use
+# Keys of a question, of what it is about, and of its answer, in the order of use.
+PAIRS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", None, "completion"),
+         ("query", None, "response"), ("prompt", None, "response"), ("question", None, "answer"))
 ANY_SHAPE = {"system", "tools", "functions"}
 METADATA = {"id", "type", "source"}  # known keys that say nothing about the conversation
 SWITCHES = ("train", "loss", "weight", "loss_weight", "loss_scale", "mask")  # mask: true means not trained
 # Keys that hold a part of the conversation which this program cannot train on.
-UNUSABLE = ("images", "image", "videos", "video", "audios", "audio", "function_call")
-MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "tool_call_id", "name", *REASONING, *SWITCHES}
+UNUSABLE = ("images", "image", "videos", "video", "audios", "audio")
+MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", *REASONING,
+                *SWITCHES}
 
 
 class Conversation(NamedTuple):
@@ -49,27 +53,24 @@ class BadRecord(Exception):
 
 
 def to_conversation(record: object, notices: Counter[str]) -> Conversation:
-    """One record of any of the three shapes -> Conversation. Raises BadRecord with all that is wrong with it."""
+    """One record of any of the shapes -> Conversation. Raises BadRecord with all that is wrong with it."""
     if not isinstance(record, dict):
         raise BadRecord([("a record is a JSON object", f"this is {type(record).__name__}")])
-    shape = next((shape for shape in SHAPES if shape in record), None)
-    if shape is None:
-        keys = ", ".join(map(repr, record)) or "none"
-        raise BadRecord([("unknown shape", f"keys {keys}; known are 'messages', 'conversations' and 'instruction' with "
-                          f"'output'{nearest_shape(record)}")])
+    shape = find_shape(record)
     wrong = []  # (kind, detail)
     if deeper(record):
         raise BadRecord([("nested too deeply", f"more than {DEEPEST} levels")])
-    unusable = {*UNUSABLE, *REASONING} - SHAPES[shape]
-    for key in record.keys() - SHAPES[shape] - ANY_SHAPE - METADATA:
-        if key not in unusable:
+    used = {*shape, "history", *REASONING} if len(shape) > 1 else {*shape}
+    used.update(key for key in LISTS if key in record and record[key] is None)
+    for key in record.keys() - used - ANY_SHAPE - METADATA:
+        if key not in (*UNUSABLE, *REASONING, "function_call"):
             notices[f"key {key!r} of the record"] += 1
         elif record[key]:
             wrong.append((f"{key!r} cannot be used", f"{shown(record[key])} of the record"))
-    turns = record[shape] if shape != "instruction" else alpaca_turns(record, wrong)
+    turns = pair_turns(record, *shape, wrong) if len(shape) > 1 else list_turns(record[shape[0]], shape[0], wrong)
     if not isinstance(turns, list) or not turns:
-        raise BadRecord([("empty conversation", f"{shape!r} is {shown(turns)}")])
-    if record.get("system") and shape != "instruction":
+        raise BadRecord(wrong or [("empty conversation", f"{shape[0]!r} is {shown(turns)}")])
+    if record.get("system"):
         turns = with_system(record["system"], turns, wrong)
     messages, trained = [], []
     for number, turn in enumerate(turns, 1):
@@ -78,6 +79,7 @@ def to_conversation(record: object, notices: Counter[str]) -> Conversation:
         if message.get("role") == "assistant":
             trained.append(train)
     if not wrong:
+        messages, trained = joined(messages, trained, wrong, notices)
         before = None
         for number, message in enumerate(messages, 1):
             if before not in FOLLOWS[message["role"]]:
@@ -101,20 +103,40 @@ def to_conversation(record: object, notices: Counter[str]) -> Conversation:
     return Conversation(messages, tools, tuple(trained), digest)
 
 
+def find_shape(record: dict) -> tuple[str | None, ...]:
+    """The keys of the shape of a record: one of LISTS or of PAIRS. Raises BadRecord, also for records that other
+    programs train on."""
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        raise BadRecord([("preference record", "'chosen' and 'rejected' are for DPO, which this program does not do; "
+                          "TRL's DPOTrainer trains on them")])
+    lists = [key for key in LISTS if key in record and (key != "data" or isinstance(record[key], list))]
+    shapes = [(key,) for key in lists if record[key] is not None]
+    shapes += [pair for pair in PAIRS if pair[0] in record and pair[2] in record]
+    shapes += [(key,) for key in lists] + [PAIRS[0]] * ("instruction" in record)
+    if shapes:
+        return shapes[0]
+    if isinstance(record.get("text"), str):
+        raise BadRecord([("plain text", "'text' has no question and no answer; continued pre-training is done by "
+                          "TRL's SFTTrainer or LLaMA-Factory's stage pt")])
+    keys = ", ".join(map(repr, record)) or "none"
+    raise BadRecord([("unknown shape", f"keys {keys}; known are 'messages', 'conversations', 'data' and "
+                      + ", ".join(f"{question!r} with {answer!r}" for question, _, answer in PAIRS)
+                      + nearest_shape(record))])
+
+
 def nearest_shape(record: dict) -> str:
     """A hint for a record of a shape like, but not quite, a known one."""
     hints = {"conversation": "conversations", "message": "messages", "dialog": "messages", "dialogue": "messages",
-             "chat": "messages", "prompt": "instruction", "query": "instruction", "question": "instruction",
-             "text": "messages"}
-    found = next((f"; nearest: rename {key!r} to {hints[key]!r}" for key in record if key in hints), "")
-    if "instruction" in found:
-        return found + " and the answer to 'output'"
-    return found
+             "chat": "messages"}
+    answers = {question: answer for question, _, answer in reversed(PAIRS)}
+    return next((f"; nearest: rename {key!r} to {hints[key]!r}" for key in record if key in hints),
+                next((f"; nearest: name the answer to {key!r} {answers[key]!r}"
+                      for key in record if key in answers), ""))
 
 
 def shown(value: object) -> str:
     """The beginning of a JSON value, for a message."""
-    return json.dumps(value, ensure_ascii=False)[:60]
+    return json.dumps(value, ensure_ascii=False, default=str)[:60]
 
 
 def with_system(system: object, turns: list, wrong: list[tuple[str, str]]) -> list:
@@ -144,23 +166,70 @@ def to_tools(record: dict, wrong: list[tuple[str, str]]) -> list[dict] | None:
     return tools if key == "tools" else [{"type": "function", "function": function} for function in tools]
 
 
-def alpaca_turns(record: dict, wrong: list[tuple[str, str]]) -> list[dict]:
-    """instruction/input/output, with optional system and history [[question, answer], ...] -> messages."""
-    question = record["instruction"]
-    if record.get("input"):
-        if isinstance(question, str) and isinstance(record["input"], str):
-            question = f"{question}\n{record['input']}" if question else record["input"]
+def list_turns(turns: object, key: str, wrong: list[tuple[str, str]]) -> object:
+    """The messages of a record: a list of them, JSON text of one, or strings said by user and assistant in turns."""
+    if isinstance(turns, str) and turns.strip():
+        turns = parse_json(turns, key, wrong)
+    if key == "data" and isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
+        return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    return turns
+
+
+def pair_turns(record: dict, question_key: str, about_key: str | None, answer_key: str,
+               wrong: list[tuple[str, str]]) -> list[dict]:
+    """A question, what it is about, and its answer, with optional history [[question, answer], ...] -> messages."""
+    question, about, answer = record[question_key], record.get(about_key), record.get(answer_key)
+    if about not in (None, "", [], {}):
+        if isinstance(question, str) and isinstance(about, str):
+            question = f"{question}\n{about}" if question else about
         else:
-            wrong.append(("instruction and input are strings", f"input is {shown(record['input'])}"))
-    turns = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    history = record.get("history") or []
+            wrong.append((f"{question_key} and {about_key} are strings", f"{about_key} is {shown(about)}"))
+    history, turns = record.get("history") or [], []
+    if isinstance(history, str):
+        history = parse_json(history, "history", wrong) or []
     for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2):
             raise BadRecord([("history is a list of [question, answer]", shown(pair))])
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     reasoning = {key: record[key] for key in REASONING if key in record}
-    return [*turns, {"role": "user", "content": question},
-            {"role": "assistant", "content": record.get("output"), **reasoning}]
+    if is_messages(question):
+        turns += question
+    else:
+        turns.append({"role": "user", "content": question})
+    if is_messages(answer) and not any(reasoning.values()):
+        return turns + answer
+    return [*turns, {"role": "assistant", "content": answer, **reasoning}]
+
+
+def is_messages(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def joined(messages: list[dict], trained: list[bool], wrong: list[tuple[str, str]],
+           notices: Counter[str]) -> tuple[list[dict], list[bool]]:
+    """Two messages of one role in a row as one, joined by a blank line; text and the tool call after it as one.
+
+    Tool results stay apart. An answer after a call without its result, or trained otherwise than the one before, is
+    refused.
+    """
+    result, switches, after = [], [], iter(trained)
+    for number, message in enumerate(messages, 1):
+        train = next(after) if message["role"] == "assistant" else None
+        before = result[-1] if result else {}
+        if message["role"] == "tool" or message["role"] != before.get("role"):
+            result.append(message)
+            switches += [train] if train is not None else []
+            continue
+        if train is not None and (train != switches[-1] or message.get("reasoning_content")
+                                  or before.get("tool_calls") and not message.get("tool_calls")):
+            wrong.append(("roles out of order", f"message {number} (assistant) comes after assistant, and the two are "
+                          "not one: a call without its result, thinking in between, or only one is trained"))
+        both = {**before, "content": "\n\n".join(filter(str.strip, (before["content"], message["content"])))}
+        calls = [*before.get("tool_calls", []), *message.get("tool_calls", [])]
+        result[-1] = {**both, "tool_calls": calls} if calls else both
+        notices["two messages of one role in a row, joined"] += 1
+    return result, switches
 
 
 def to_message(turn: object, name: str, wrong: list[tuple[str, str]], notices: Counter[str]) -> tuple[dict, bool]:
@@ -172,19 +241,25 @@ def to_message(turn: object, name: str, wrong: list[tuple[str, str]], notices: C
         if key not in UNUSABLE:
             notices[f"key {key!r} of a message"] += 1
     written_role = turn.get("role", turn.get("from"))
-    role = ROLES.get(written_role) if isinstance(written_role, str) else None
+    role = ROLES.get(written_role.strip().lower()) if isinstance(written_role, str) else None
     content = turn.get("content", turn.get("value"))
+    if isinstance(content, list) and content and all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content):
+        content = "".join(part["text"] for part in content)
     if role is None:
         wrong.append(("unknown role", f"{name} has role {written_role!r}; known are {', '.join(ROLES)}"))
         return {}, False
     message, called = {"role": role, "content": content}, turn.get("tool_calls")
-    for key in UNUSABLE:
-        if key == "function_call" and not content and not called and turn.get(key):  # OpenAI's older spelling
-            called = [turn[key]]
-        elif turn.get(key):
-            wrong.append((f"{key!r} cannot be used", f"{shown(turn[key])} of {name}"))
-    if written_role in CALL_ROLES:
-        calls = parse_json(content, f"{name} ({written_role})", wrong)
+    if turn.get("function_call") and not called:  # OpenAI's older spelling
+        called = [turn["function_call"]]
+    elif turn.get("function_call"):
+        wrong.append(("'function_call' cannot be used", f"beside 'tool_calls' of {name}"))
+    wrong += [(f"{key!r} cannot be used", f"{shown(turn[key])} of {name}") for key in UNUSABLE if turn.get(key)]
+    if role == "tool" and content is None:
+        message["content"] = ""
+    if role == "assistant" and written_role.strip().lower() in CALL_ROLES:
+        calls = parse_json(content, f"{name} ({written_role})", wrong) if isinstance(content, str) else content
         message = {"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     elif called:
         message = {"role": role, "content": "" if content is None else content, "tool_calls": called}
@@ -197,7 +272,8 @@ def to_message(turn: object, name: str, wrong: list[tuple[str, str]], notices: C
     if not isinstance(message["content"], str):
         kind = "null" if content is None else type(content).__name__
         wrong.append(("content is not a string", f"{name} ({role}) has {kind}"))
-    elif not message["content"].strip() and role != "system" and not message.get("tool_calls"):
+    elif not message["content"].strip() and role not in ("system", "tool") \
+            and not message.get("tool_calls"):
         wrong.append(("empty content", f"{name} ({role}) says nothing"))
     if "tool_calls" in message:
         message["tool_calls"] = to_tool_calls(message["tool_calls"], role, name, wrong)
@@ -215,11 +291,14 @@ def to_tool_calls(calls: object, role: str, name: str, wrong: list[tuple[str, st
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             wrong.append(("a tool call has a name and arguments", name))
             continue
-        arguments = function.get("arguments")
-        if arguments is None:
+        arguments, faults = function.get("arguments"), len(wrong)
+        for _ in range(2):  # JSON text, or JSON text of JSON text
+            if isinstance(arguments, str) and arguments:
+                arguments = parse_json(arguments, f"{name}, arguments of {function['name']}", wrong)
+        if arguments is None or arguments == "":
             arguments = {}
-        elif isinstance(arguments, str):
-            arguments = parse_json(arguments, f"{name}, arguments of {function['name']}", wrong)
+        if not isinstance(arguments, dict) and len(wrong) == faults:
+            wrong.append(("arguments are a JSON object", f"{name}, those of {function['name']} are {shown(arguments)}"))
         result.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return result
 

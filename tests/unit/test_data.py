@@ -1,4 +1,4 @@
-"""Records out of files: three shapes, every encoding of lines, and every problem with its place."""
+"""Records out of files: every shape, every encoding of lines, and every problem with its place."""
 
 import collections
 import functools
@@ -109,16 +109,17 @@ U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "sys
     ({"messages": []}, "empty conversation"),
     ({"conversations": None}, "empty conversation"),
     ({"messages": ["hi"]}, "a message is a JSON object"),
-    ({"messages": [{"role": "bot", "content": "x"}, A]}, "unknown role"),
+    ({"messages": [{"role": "robot", "content": "x"}, A]}, "unknown role"),
     ({"messages": [{"role": ["user"], "content": "x"}, A]}, "unknown role"),
     ({"messages": [A, U]}, "roles out of order"),
-    ({"messages": [U, U, A]}, "roles out of order"),
-    ({"messages": [U, A, A]}, "roles out of order"),
+    ({"messages": [U, A, {**A, "train": False}]}, "roles out of order"),
+    ({"messages": [U, {"role": "assistant", "tool_calls": [{"name": "f"}]}, A]}, "roles out of order"),
+    ({"messages": [U, A, {**A, "reasoning": "hm"}]}, "roles out of order"),
     ({"messages": [U, A, S, U, A]}, "roles out of order"),
     ({"messages": [U, A, {"role": "tool", "content": "x"}, U, A]}, "roles out of order"),
     ({"messages": [U]}, "no assistant turn"),
     ({"messages": [{"role": "user", "content": 5}, A]}, "content is not a string"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, A]}, "content is not a string"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}, A]}, "content is not a string"),
     ({"messages": [U, {"role": "assistant", "content": None}]}, "content is not a string"),
     ({"instruction": "x"}, "content is not a string"),
     ({"instruction": "x", "output": " \n"}, "empty content"),
@@ -139,7 +140,7 @@ def test_every_rule_refuses_what_breaks_it(record, kind):
 
 
 def test_all_faults_of_a_record_are_named():
-    assert kinds_of({"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": 1}]}) == [
+    assert kinds_of({"messages": [{"role": "robot", "content": "x"}, {"role": "assistant", "content": 1}]}) == [
         "unknown role", "content is not a string"]
 
 
@@ -208,6 +209,83 @@ def test_report_shows_twenty_and_counts_the_rest(tmp_path):
 Q = {"role": "user", "content": "q"}
 
 
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
+TOOL = {"role": "tool", "content": "3"}
+JOINED = {"two messages of one role in a row, joined": 1}
+
+
+@pytest.mark.parametrize("record, messages", [
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, A]},
+     [{"role": "user", "content": "ab"}, A]),
+    ({"prompt": "q", "completion": "x"}, [Q, A]),
+    ({"prompt": [S, Q], "completion": [A]}, [S, Q, A]),
+    ({"prompt": [Q], "completion": "x"}, [Q, A]),
+    ({"query": "q", "response": "x", "history": [["x", "x"]]}, [U, A, Q, A]),
+    ({"query": "q", "response": "x", "history": '[["x", "x"]]'}, [U, A, Q, A]),
+    ({"prompt": "q", "response": "x"}, [Q, A]),
+    ({"question": "q", "answer": "x", "system": "x"}, [S, Q, A]),
+    ({"instruction": "q", "context": "", "response": "x"}, [Q, A]),
+    ({"instruction": "q", "context": "c", "response": "x"}, [{"role": "user", "content": "q\nc"}, A]),
+    ({"instruction": "", "input": "q", "output": "x"}, [Q, A]),
+    ({"data": ["q", "x", "x", "x"]}, [Q, A, U, A]),
+    ({"data": [Q, A]}, [Q, A]),
+    ({"messages": None, "conversations": [Q, A]}, [Q, A]),
+    ({"messages": json.dumps([Q, A])}, [Q, A]),
+    *[({"messages": [{"role": user, "content": "q"}, {"role": assistant, "content": "x"}]}, [Q, A])
+      for user, assistant in (("User", "MODEL"), ("human", "bot"), ("HUMAN", "ChatGPT"))],
+    ({"messages": [{"role": "developer", "content": "x"}, Q, A]}, [S, Q, A]),
+    ({"messages": [Q, CALL, {"role": "tool", "content": ""}, A]}, [Q, CALL, {"role": "tool", "content": ""}, A]),
+    ({"messages": [Q, CALL, {"role": "tool", "content": None}, A]}, [Q, CALL, {"role": "tool", "content": ""}, A]),
+    ({"messages": [Q, {**A, "function_call": {"name": "f", "arguments": '{"x": 1}'}}, TOOL, A]},
+     [Q, {**CALL, "content": "x"}, TOOL, A]),
+    ({"messages": [Q, {"role": "function_call", "content": {"name": "f", "arguments": {"x": 1}}}, TOOL, A]},
+     [Q, CALL, TOOL, A])])
+def test_every_shape_gives_the_right_messages(record, messages):
+    conversation, notices = shape(record)
+    assert conversation.messages == messages and not notices
+
+
+@pytest.mark.parametrize("messages, result", [
+    ([Q, U, A], [{"role": "user", "content": "q\n\nx"}, A]),
+    ([S, S, Q, A], [{"role": "system", "content": "x\n\nx"}, Q, A]),
+    ([Q, A, A], [Q, {"role": "assistant", "content": "x\n\nx"}]),
+    ([Q, A, CALL, TOOL, A], [Q, {**CALL, "content": "x"}, TOOL, A]),
+    ([Q, CALL, CALL, TOOL, TOOL, A], [Q, {**CALL, "tool_calls": CALL["tool_calls"] * 2}, TOOL, TOOL, A])])
+def test_two_messages_of_one_role_in_a_row_are_joined_and_counted(messages, result):
+    conversation, notices = shape({"messages": messages})
+    assert conversation.messages == result and notices == JOINED
+    assert len(conversation.trained) == sum(message["role"] == "assistant" for message in result)
+
+
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}', json.dumps('{"x": 1}')])
+def test_arguments_are_an_object_however_often_encoded(arguments):
+    record = {"messages": [Q, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}, TOOL, A]}
+    assert shape(record)[0].messages[1] == CALL
+
+
+@pytest.mark.parametrize("nothing", [None, "null", "", {}, "{}", '""'])
+def test_arguments_of_nothing_are_an_empty_object(nothing):
+    record = {"messages": [Q, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": nothing}]}, TOOL, A]}
+    assert shape(record)[0].messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "this program does not do; TRL's DPOTrainer trains on them"),
+    ({"text": "Once upon a time"}, "continued pre-training is done by TRL's SFTTrainer or LLaMA-Factory's stage pt"),
+    ({"question": "q", "solution": "x"}, "nearest: name the answer to 'question' 'answer'"),
+    ({"instruction": "q", "input": 0, "output": "x"}, "input is 0"),
+    ({"instruction": "q", "input": False, "output": "x"}, "input is false"),
+    ({"instruction": "q", "input": [3, 4], "output": "x"}, "input is [3, 4]"),
+    *[({"messages": [Q, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}, TOOL, A]},
+       f"message 2, those of f are {shown}")
+      for arguments, shown in (("5", "5"), (5, "5"), ([1], "[1]"), (False, "false"))]])
+def test_a_refusal_says_what_it_is(record, message):
+    with pytest.raises(BadRecord) as bad:
+        shape(record)
+    assert message in ": ".join(bad.value.args[0][0])
+
+
 @pytest.mark.parametrize("record, messages", [
     ({"system": "Rhyme.", "messages": [Q, A]}, [{"role": "system", "content": "Rhyme."}, Q, A]),
     ({"system": "x", "messages": [S, Q, A]}, [S, Q, A]),
@@ -237,7 +315,8 @@ def test_content_is_used_wherever_it_stands(record, messages):
     ({"system": "Rhyme.", "messages": [S, Q, A]}, "two system messages"),
     ({"messages": [Q, A], "images": ["a.png"]}, "'images' cannot be used"),
     ({"messages": [{**Q, "images": ["a.png"]}, A]}, "'images' cannot be used"),
-    ({"messages": [Q, {**A, "function_call": {"name": "f", "arguments": "{}"}}]}, "'function_call' cannot be used"),
+    ({"messages": [Q, {**A, "function_call": {"name": "f"}, "tool_calls": [{"name": "f"}]}]},
+     "'function_call' cannot be used"),
     ({"messages": [Q, A], "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "'functions' cannot be used"),
     ({"messages": [Q, A], "reasoning": "hm"}, "'reasoning' cannot be used"),
     ({"messages": [Q, {**A, "reasoning": ["hm"]}]}, "thinking is one string of an assistant message"),
