@@ -145,7 +145,7 @@ def bad_data(folder):
         "empty file": (b"", "the file is empty"),
         "broken json": (f"{line}\n{line[:-3]}".encode(), "data:2 (record 2): not valid JSON"),
         "wrong encoding": ('{"instruction": "你", "output": "好"}'.encode("gb18030"), "not UTF-8"),
-        "unknown shape": (b'{"prompt": "a", "response": "b"}', "rename 'prompt' to 'instruction'"),
+        "unknown shape": (b'{"q": "a", "response": "b"}', "unknown shape"),
         "empty conversation": (b'{"messages": []}', "empty conversation"),
         "roles out of order": (b'{"messages": [{"role": "assistant", "content": "x"}]}', "roles out of order"),
         "content": (b'{"messages": [{"role": "user", "content": 1}]}', "content is not a string"),
