@@ -135,7 +135,7 @@ def test_help_fits_into_80_columns_and_shows_every_flag_with_its_value(program, 
 
 
 @pytest.mark.parametrize("program, line", [
-    (finetune, "  --data_path PATH ...\n        Training data: files"), (finetune, "Lines.\n        (required)"),
+    (finetune, "  --data_path PATH ...\n        Training data: files"), (finetune, "also packed. (required)"),
     (finetune, "  --loss_on assistant|last|all\n"), (finetune, "  --use_lora [True|False]\n"),
     (finetune, "  --gradient_checkpointing [True|False|auto]\n"), (finetune, "  --eval_strategy no|steps|epoch\n"),
     (finetune, "cosine_with_restarts, polynomial"), (finetune, "  --learning_rate FLOAT\n"),
@@ -372,7 +372,8 @@ def test_choices_in_another_case_are_understood():
 @pytest.mark.parametrize("argv, message", [
     (["--data_path", "nowhere.json", "no/*.json"], "--data_path: no such file, folder or match: nowhere.json\n"
                                                    "       --data_path: no such file, folder or match: no/*.json"),
-    (["--data_path", "empty"], "--data_path: no .json or .jsonl file in the folder empty"),
+    (["--data_path", "empty"], "--data_path: no data file (.jsonl, .json, .csv, .tsv, .parquet or .arrow) in the "
+                               "folder empty"),
     (["--eval_data_path", "none.json"], "--eval_data_path: no such file, folder or match: none.json"),
     (["--model_name_or_path", "no/where/at/all"], "--model_name_or_path no/where/at/all: no such folder"),
     (["--lora_weight_path", "nowhere"], "--lora_weight_path nowhere: no such folder"),
