@@ -73,7 +73,8 @@ def load_to_answer(path, base_model=None, dtype="auto", device_map=None):
     has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
     tokenizer = load_tokenizer(folder if has_tokenizer else source)
     if base:
-        check_adapter(path, read_adapter(path), source, model_config(source, f"the base model of {path}"))
+        config = model_config(source, f"the base model of {path}").get_text_config()
+        check_adapter(path, read_adapter(path), source, config)
     try:
         model = load_weights(source, dtype=dtype, device_map=device_map)
     except LOADING_ERRORS as error:

@@ -1,6 +1,7 @@
 """chat.py: one answer for scripts, a conversation on a terminal, and prompts that nobody can slip a turn into."""
 
 import io
+import json
 import os
 import pty
 import re
@@ -64,6 +65,9 @@ def test_a_model_without_template_and_end_token(make_model, tmp_path, talk):
     folder = tmp_path / "base"
     shutil.copytree(make_model(base=True), folder)
     (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     _, errors, code = talk(folder, "--message", "Hello", "--max_new_tokens", 3)
     assert "has no chat template; it gets Qwen's ChatML" in errors and "(cut after 3 tokens" in errors and code == 0
     model, tokenizer = load_to_answer(str(folder))
