@@ -5,7 +5,7 @@ import pytest
 import torch
 from bitsandbytes.optim import GlobalOptimManager
 from peft import LoraConfig
-from transformers import Qwen2Config, Trainer, TrainingArguments
+from transformers import Qwen2Config, Qwen3Config, Trainer, TrainingArguments
 
 from mechanisms import memory
 from mechanisms.memory import Setup
@@ -59,6 +59,14 @@ def test_copies_that_autocast_makes_stay_with_checkpointing():
     """Those of all layers: two bytes a weight, until the forward pass ends."""
     mixed, pure = (memory.activation_bytes(Setup(QWEN_7B, **settings), 64)[1] for settings in ({}, BF16))
     assert mixed - pure == pytest.approx(2 * LINEAR, rel=0.02)
+
+
+def test_one_layer_is_counted_as_each_of_several():
+    """The network is measured with more layers than this one has."""
+    one, two, three = (memory.activation_bytes(Setup(Qwen3Config(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16), device=torch.device("cpu")), 100)[0] for layers in (1, 2, 3))
+    assert three - two == pytest.approx(two - one) > 0
 
 
 def test_an_unknown_optimizer_counts_as_adamw_and_is_named(monkeypatch):
