@@ -1,5 +1,7 @@
 """Which layers get an adapter, and which do not: read from the network, which has more kinds than one list knows."""
 
+import collections
+
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -31,24 +33,22 @@ def takes_mlps_for_experts(network):
     return bool(experts_of(network)) and bool(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern))
 
 
+def _linear_in_blocks(network):
+    return [name for name, module in network.named_modules()
+            if isinstance(module, torch.nn.Linear) and ".layers." in name]
+
+
 def default_targets(network):
     """Last parts of the names of the linear layers inside blocks that get an adapter; routed experts are none."""
     skipped = {*GATES, *(MLP if takes_mlps_for_experts(network) else ())}
-    names = [name.rpartition(".")[2] for name, module in network.named_modules()
-             if isinstance(module, torch.nn.Linear) and ".layers." in name]
-    return [name for name in dict.fromkeys(names) if name not in skipped]
+    names = dict.fromkeys(name.rpartition(".")[2] for name in _linear_in_blocks(network))
+    return [name for name in names if name not in skipped]
 
 
 def reach(network, targets):
     """What adapters on the layers of these names reach, as lines of a table: layers of each kind, experts included."""
-    counts = {}
-    for name, module in network.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            kind = name.split(".layers.")[1].partition(".")[2]
-            counts[kind] = counts.get(kind, 0) + 1
-    for name in experts_of(network):
-        kind = name.split(".layers.")[1].partition(".")[2]
-        counts[kind] = counts.get(kind, 0) + 1
+    names = [*_linear_in_blocks(network), *experts_of(network)]
+    counts = collections.Counter(name.split(".layers.")[1].partition(".")[2] for name in names)
     return table([(word, ", ".join(
         f"{kind} x {count}" for kind, count in counts.items()
         if (".experts." not in kind and kind.endswith(tuple(f".{name}" for name in targets))) == reached) or "none")
