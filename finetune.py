@@ -180,11 +180,16 @@ class LoraArguments:
     q_lora: bool = field(
         default=False, metadata={"help": "LoRA on a base model held in 4 bits (NF4); implies --use_lora."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_alpha: int = field(default=16, metadata={
+        "help": "Adapters are scaled by lora_alpha / lora_r (by lora_alpha / sqrt(lora_r) with --use_rslora)."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
     lora_target_modules: list[str] = field(default=None, metadata={
-        "help": "Linear layers that get an adapter (default: all of every block, but gates of experts and heads).",
-        "metavar": "NAME"})
+        "help": "Linear layers that get an adapter: names, or all-linear, or one regular expression that whole names "
+                "must match (default: all of every block, but gates of experts and heads).", "metavar": "NAME"})
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale adapters so that high ranks learn as well as low ones (rsLoRA)."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "Train a length for each output beside the adapters (DoRA), which is slower."})
     lora_weight_path: str = field(default="", metadata={
         "help": "Adapter to continue, instead of a new one.", "metavar": "ADAPTER", "exists": "model"})
     lora_bias: Literal["none", "all", "lora_only"] = field(

@@ -172,7 +172,8 @@ def _as_declared(entry):
 def _split_at_commas(value):
     if glob.glob(value):  # a file with a comma in its name
         return [value]
-    return [part.strip() for part in value.split(",") if part.strip()] or [value]
+    parts = re.split(r",(?![^{}]*\})", value)  # the comma in x{1,2} is part of a regular expression
+    return [part.strip() for part in parts if part.strip()] or [value]
 
 
 def _as_words(entry):

@@ -16,11 +16,22 @@ from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq
 from mechanisms.linear_attention import LINEAR
-from mechanisms.lora import MLP, default_targets, empty_network, experts_of, peft_name, reach, takes_mlps_for_experts
+from mechanisms.lora import (
+    MLP,
+    empty_network,
+    experts_of,
+    last_parts,
+    layers_of,
+    peft_name,
+    reach,
+    read_targets,
+    takes_mlps_for_experts,
+)
 from mechanisms.paths import could_be_on_the_hub, find_base
 from mechanisms.qwen1 import convert_if_qwen1, todays_names
 from mechanisms.tokenizer import end_at_turns, load_tokenizer
 
+CHANGE_THE_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"  # of peft's init_lora_weights
 LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError
 
 
@@ -143,8 +154,8 @@ def load_config(path, cache_dir=None):
 
 def fit_arguments(config, training_args, lora_args):
     """Change two arguments to what the model has, and say so: --model_max_length to its number of positions (as YaRN
-    extends it), and --lora_target_modules to its own linear layers, where none are given, or names of Qwen-1's layers
-    to today's. The config's router loss is switched off: transformers adds it to the loss of each batch as a whole,
+    extends it), and --lora_target_modules to names or a pattern of its layers, see `read_targets`, those of Qwen-1 to
+    today's. The config's router loss is switched off: transformers adds it to the loss of each batch as a whole,
     whatever part of a step that batch is."""
     if getattr(config, "output_router_logits", False):
         say("note: the model's config asks for a loss of its routers: it is switched off, they are trained by the "
@@ -159,11 +170,9 @@ def fit_arguments(config, training_args, lora_args):
             f"{limit} is used")
         training_args.model_max_length = limit
     if training_args.use_lora and not lora_args.lora_weight_path:
-        network = empty_network(config)
-        if lora_args.lora_target_modules is None:
-            lora_args.lora_target_modules = default_targets(network)
-        else:
-            lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(network))
+        words, network = lora_args.lora_target_modules, empty_network(config)
+        words = words and todays_names(words, layer_names(network))
+        lora_args.lora_target_modules = read_targets(words, network)
         say("Adapters:", reach(network, lora_args.lora_target_modules), "")
 
 
@@ -185,6 +194,8 @@ def check_trainable(model, config, training_args, lora_args):
                         "one sample of a batch into the next. Only attention, whole, sliding and linear, is supported")
     if not training_args.use_lora:
         return
+    if lora_args.use_dora and is_gptq(config):
+        raise UserError("--use_dora: peft has no DoRA for GPTQ layers. Leave it out, or train on the 16-bit model")
     network = empty_network(config)
     names = layer_names(network)
     experts = sum(weight.numel() for weight in experts_of(network).values())
@@ -194,14 +205,17 @@ def check_trainable(model, config, training_args, lora_args):
                         f"experts, which bitsandbytes leaves in 16 bits ({2 * experts / 1e9:,.1f} GB). Use --use_lora, "
                         "with ds_config_zero3.json if the model does not fit on a GPU")
     asked = [] if lora_args.lora_weight_path else lora_args.lora_target_modules
+    if isinstance(asked, str):
+        asked = last_parts(layers_of(asked, network)) or [asked]
     mlps = [name for name in asked if name.rpartition(".")[2] in MLP]
     if mlps and takes_mlps_for_experts(network):
         raise UserError(f"--lora_target_modules {' '.join(mlps)}: of this mixture of experts peft adapts the routed "
                         "experts then, and no shared ones. Leave them out")
-    missing = [name for name in asked if name.rpartition(".")[2] not in names]
+    missing = [name for name in asked if not layers_of([name], network)]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
-                        + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head")))))
+                        + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head"))))
+                        + ". One word may also be all-linear, or a regular expression that matches whole names")
     if lora_args.lora_weight_path:
         adapter = read_adapter(lora_args.lora_weight_path)
         _check_settings(lora_args, adapter)
@@ -216,11 +230,16 @@ def read_adapter(path):
         raise UserError(f"the adapter {path}: no such folder")
     try:
         adapter = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"no usable adapter in {path}: {first_line(error)}") from error
     if adapter.peft_type != "LORA":
         raise UserError(f"the adapter {path} is of the kind {getattr(adapter.peft_type, 'value', adapter.peft_type)}: "
                         "only LoRA adapters can be continued, merged and talked to")
+    start = str(adapter.init_lora_weights).lower()
+    if start.startswith(CHANGE_THE_BASE):
+        raise UserError(f'the adapter {path} (init_lora_weights "{start}") took part of the base model\'s weights into '
+                        "itself when its training began, and the rest of them is not known here. Convert it to a plain "
+                        "LoRA adapter: peft's save_pretrained(..., path_initial_model_for_weight_conversion=...) does")
     wrong = [f'"{name}": {json.dumps(getattr(adapter, name))}' for name in ("r", "lora_alpha", "lora_dropout")
              if isinstance(getattr(adapter, name), bool) or not isinstance(getattr(adapter, name), (int, float))]
     if wrong:

@@ -1,11 +1,13 @@
 """The adapter that flags ask for: which layers of the network it is on, and peft's config of it."""
 
 import collections
+import re
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mechanisms.console import say, table
+from mechanisms.errors import UserError
 from mechanisms.tokenizer import is_base_model
 
 # One number for each head or expert: adapters there gain nothing, and SGLang does not load those of in_proj_ba
@@ -34,26 +36,73 @@ def takes_mlps_for_experts(network):
     return bool(experts_of(network)) and bool(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern))
 
 
-def _linear_in_blocks(network):
-    return [name for name, module in network.named_modules()
-            if isinstance(module, torch.nn.Linear) and ".layers." in name]
+def _linear_layers(network):
+    """{full name: module} of all linear layers."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def all_linear(network):
+    """Last parts of the names of all linear layers but the output layer."""
+    head = network.get_output_embeddings()
+    return last_parts(name for name, module in _linear_layers(network).items() if module is not head)
+
+
+def last_parts(names):
+    """The last parts of full names, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def default_targets(network):
-    """Last parts of the names of the linear layers inside blocks that get an adapter; routed experts are none."""
+    """Last parts of the names of the linear layers that get an adapter if none are named; routed experts are none."""
     skipped = {*GATES, *(MLP if takes_mlps_for_experts(network) else ())}
-    names = dict.fromkeys(name.rpartition(".")[2] for name in _linear_in_blocks(network))
-    return [name for name in names if name not in skipped]
+    return [name for name in all_linear(network) if name not in skipped]
+
+
+def is_target(targets, name):
+    """Whether the layer of this full name is among the targets.
+
+    targets: names, whole or the last parts of them; or a regular expression that whole names must match, as a str.
+    """
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return f".{name}".endswith(tuple(f".{target}" for target in targets))
+
+
+def layers_of(targets, network):
+    """Full names of the modules that the targets name, or of the linear layers that their regular expression matches.
+
+    Raises UserError: it is no regular expression.
+    """
+    names = _linear_layers(network) if isinstance(targets, str) else [name for name, _ in network.named_modules()]
+    try:
+        return [name for name in names if is_target(targets, name)]
+    except re.error as error:
+        raise UserError(f"--lora_target_modules {targets}: no layer has this name, and it is no regular expression: "
+                        f"{error}") from error
+
+
+def read_targets(words, network):
+    """--lora_target_modules -> names of layers, or a regular expression as a str.
+
+    words: None: the network's own default; all-linear; names; or a single word, which is a regular expression if it is
+    no name.
+    """
+    if words is None:
+        return default_targets(network)
+    if words == ["all-linear"]:
+        return all_linear(network)
+    return words if len(words) > 1 or layers_of(words, network) else words[0]
 
 
 def reach(network, targets):
-    """What adapters on the layers of these names reach, as lines of a table: layers of each kind, experts included."""
-    names = [*_linear_in_blocks(network), *experts_of(network)]
-    counts = collections.Counter(name.split(".layers.")[1].partition(".")[2] for name in names)
-    return table([(word, ", ".join(
-        f"{kind} x {count}" for kind, count in counts.items()
-        if (".experts." not in kind and kind.endswith(tuple(f".{name}" for name in targets))) == reached) or "none")
-        for word, reached in (("reached", True), ("not reached", False))])
+    """What adapters on these targets reach, as lines of a table: layers of each kind, experts included."""
+    counts = {True: collections.Counter(), False: collections.Counter()}
+    reached = set(layers_of(targets, network))
+    for name in [*_linear_layers(network), *experts_of(network)]:
+        if name in reached or ".layers." in name:
+            counts[name in reached][re.sub(r".*\.layers\.\d+\.", "", name)] += 1
+    return table([(word, ", ".join(f"{kind} x {count}" for kind, count in counts[reached].items()) or "none")
+                  for word, reached in (("reached", True), ("not reached", False))])
 
 
 def lora_config(path, model, tokenizer, lora_args):
@@ -73,10 +122,11 @@ def lora_config(path, model, tokenizer, lora_args):
     tied = model.config.tie_word_embeddings
     names = names[:1] if tied else names
     tokens = sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+    settings = {name: value for flag, value in vars(lora_args).items() if (name := peft_name(flag))}
+    if isinstance(lora_args.lora_target_modules, str):  # on mixtures of experts peft keeps only the last parts of names
+        settings["target_modules"] = layers_of(lora_args.lora_target_modules, model)
     return LoraConfig(
-        task_type="CAUSAL_LM",
-        **{name: value for flag, value in vars(lora_args).items() if (name := peft_name(flag))},
-        modules_to_save=names if embeddings == "full" else None,
+        task_type="CAUSAL_LM", **settings, modules_to_save=names if embeddings == "full" else None,
         trainable_token_indices={name: tokens for name in names} if embeddings == "chatml" else None,
         ensure_weight_tying=tied and embeddings != "none")
 

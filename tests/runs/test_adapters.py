@@ -14,6 +14,7 @@ import finetune
 import merge_lora
 from examples.make_tiny_model import EXAMPLES
 from mechanisms import loading
+from mechanisms.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,9 @@ OTHER_FAULTS = {
         foreign({"num_virtual_tokens": 3}, kind=PromptTuningConfig), "is of the kind PROMPT_TUNING"),
     "IA3": lambda foreign, make_model: (
         foreign({"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, kind=IA3Config),
-        "is of the kind IA3")}
+        "is of the kind IA3"),
+    "a part of the base in it": lambda foreign, make_model: (
+        foreign({"init_lora_weights": "pissa"}), "took part of the base model's weights into itself")}
 
 
 def rank_as_text(folder):
@@ -140,4 +143,32 @@ def test_a_good_adapter_is_continued_and_merged(kind, foreign, train, tmp_path, 
         assert (after[name] - before[name]).abs().max() < 0.005  # one step on from where it was
     assert before.keys() <= after.keys() and any(not after[name].equal(before[name]) for name in before)
     merge_lora.merge(["--adapter_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "merged")])
+    assert "The same as base and adapter" in capsys.readouterr().out
+
+
+KINDS = {
+    "a pattern": ["--lora_target_modules", r"model\.layers\.1\.(self_attn|mlp)\..*"],
+    "rsLoRA": ["--use_rslora"],
+    "DoRA": ["--use_dora"],
+    "DoRA on 4 bits": ["--use_dora", "--q_lora"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_resumed_and_merged_and_named(kind, train, tmp_path, capsys):
+    out, checkpoint = tmp_path / "out", tmp_path / "out/checkpoint-4"
+    flags = ["--use_lora", "--lora_r", 4, "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
+    train(*flags, *KINDS[kind])
+    whole = load_file(out / "adapter_model.safetensors")
+    card = (out / "README.md").read_text()
+    assert all(f"| {word.lstrip('-')} | " in card for word in KINDS[kind] if word.startswith("--"))
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match=f"{KINDS[kind][0].lstrip('-')}: .* in the checkpoint"):
+        train(*flags, *KINDS[kind][2 if kind == "a pattern" else 1:])
+    train(*flags, *KINDS[kind])
+    again = load_file(out / "adapter_model.safetensors")
+    assert again.keys() == whole.keys() and all(again[name].equal(tensor) for name, tensor in whole.items())
+    if kind == "a pattern":
+        assert {name.split(".layers.")[1][0] for name in whole} == {"1"}
+    capsys.readouterr()
+    merge_lora.merge(["--adapter_path", str(out), "--output_dir", str(tmp_path / "merged")])
     assert "The same as base and adapter" in capsys.readouterr().out
