@@ -42,10 +42,11 @@ from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
+from mechanisms.data.template import KEEP
 from mechanisms.errors import Checks, first_line
 from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
 from mechanisms.linear_attention import keep_within_samples, kernel_note
-from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code
+from mechanisms.loading import check_tokens, check_trainable, fit_arguments, load_config, load_weights, no_code
 from mechanisms.lock import only_run_in
 from mechanisms.lora import lora_config
 from mechanisms.memory import checkpointing_needed
@@ -88,6 +89,9 @@ class DataArguments:
                 "each in a sample of its own, or skip them."})
     system: str = field(
         default=None, metadata={"help": "System message of the conversations that have none."})
+    keep_added_tokens: bool = field(default=False, metadata={
+        "help": "Added tokens written in the data are tokens and not text, but for those of the chat template and the "
+                "ends of texts."})
     packing: bool = field(
         default=False, metadata={"help": "Fill rows of --model_max_length with samples; a batch counts rows then."})
     skip_bad_rows: int = field(
@@ -268,6 +272,7 @@ def read_model_and_data(model_args, data_args, training_args, lora_args, checks)
     tokenizer = None
     with checks:
         config, tokenizer = read_model_folder(model_args, training_args, lora_args)
+        check_tokens(model_args.model_name_or_path, config, tokenizer, data_args.keep_added_tokens)
     with checks:
         if tokenizer:
             datasets = prepare_datasets(data_args, training_args, tokenizer)
@@ -278,12 +283,15 @@ def read_model_and_data(model_args, data_args, training_args, lora_args, checks)
 
 
 def prepare_datasets(data_args, training_args, tokenizer):
-    """-> (train, eval or None, {"train": DataReport, ...}). Prints the first sample and what became of all records.
+    """-> (train, eval or None, {"train": DataReport, ...}). Prints the first sample and what became of all records;
+    the tokenizer remembers --keep_added_tokens.
 
     Raises UserError with every problem of all files if there are more than --skip_bad_rows.
     """
     encoder = ConversationEncoder(tokenizer, training_args.model_max_length, data_args.loss_on, data_args.overlong,
-                                  data_args.thinking, data_args.earlier_answers, data_args.system)
+                                  data_args.thinking, data_args.earlier_answers, data_args.system,
+                                  data_args.keep_added_tokens)
+    tokenizer.init_kwargs |= {KEEP: data_args.keep_added_tokens}  # saved with the result, for chat.py
     problems, datasets, reports = Problems(), {}, {}
     for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
         files = find_files(paths or [], problems)

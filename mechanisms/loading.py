@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import glob
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mechanisms.console import say
+from mechanisms.data.template import free_tokens
 from mechanisms.errors import UserError, first_line
 from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq
 from mechanisms.linear_attention import LINEAR
@@ -50,7 +52,9 @@ def load_weights(path, **options):
 
     Raises UserError for such a folder, and LOADING_ERRORS as that does.
     """
-    if is_gptq(options.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=False)):
+    config = options.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_rows(path, config)
+    if is_gptq(config):
         import_gptqmodel()
     with no_code(path):
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
@@ -66,6 +70,40 @@ def load_weights(path, **options):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_rows(path, config):
+    """Refuse a model folder whose config has another number of tokens than its weights. Raises UserError.
+
+    Only headers of safetensors are read; of what is no folder of them, nothing.
+    """
+    rows = config.get_text_config().vocab_size
+    for file in sorted(glob.glob(os.path.join(glob.escape(path), "model*.safetensors"))):
+        try:
+            with safe_open(file, "pt") as tensors:
+                found = {name: tensors.get_slice(name).get_shape()[0] for name in tensors.keys()
+                         if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the weights in {path} cannot be loaded: {os.path.basename(file)}: "
+                            f"{first_line(error)}") from error
+        for name, number in found.items():
+            if number != rows:
+                raise UserError(f"{path}: vocab_size is {rows:,} in its config.json, and {name} in "
+                                f"{os.path.basename(file)} has {number:,} rows: the two are of different models")
+
+
+def check_tokens(path, config, tokenizer, keep_added_tokens):
+    """Refuse a tokenizer with tokens that can occur in a sample and have no embedding in the model.
+
+    keep_added_tokens: whether those that the chat template does not write can. Raises UserError.
+    """
+    rows, never = config.vocab_size, () if keep_added_tokens else free_tokens(tokenizer)
+    beyond = [token for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+              if number >= rows and token not in never]
+    if beyond:
+        raise UserError(f"{path}: the model has embeddings of {rows:,} tokens, and {len(beyond):,} of its tokenizer's "
+                        f"lie beyond, from {beyond[0]} on: they were added without model.resize_token_embeddings, or "
+                        "the tokenizer is another model's")
 
 
 def load_to_answer(path, base_model=None, dtype="auto", device_map=None):
@@ -149,6 +187,7 @@ def load_config(path, cache_dir=None):
         config._commit_hash = getattr(outer, "_commit_hash", None)
         if getattr(outer, "quantization_config", None):
             config.quantization_config = outer.quantization_config
+    check_rows(path, config)
     return config
 
 
