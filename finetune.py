@@ -48,7 +48,7 @@ from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
 from mechanisms.linear_attention import keep_within_samples, kernel_note
 from mechanisms.loading import check_tokens, check_trainable, fit_arguments, load_config, load_weights, no_code
 from mechanisms.lock import only_run_in
-from mechanisms.lora import lora_config
+from mechanisms.lora import impossible_start, is_part_of_weights, lora_config, start_from_weights
 from mechanisms.memory import checkpointing_needed
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
@@ -194,6 +194,10 @@ class LoraArguments:
         default=False, metadata={"help": "Scale adapters so that high ranks learn as well as low ones (rsLoRA)."})
     use_dora: bool = field(
         default=False, metadata={"help": "Train a length for each output beside the adapters (DoRA), which is slower."})
+    init_lora_weights: str = field(default="true", metadata={
+        "help": "How new adapters begin: true (as peft has it), gaussian, or as a part of the weights under them, with "
+                "twice the rank in the result: pissa, pissa_niter_16 (nearly the same, in seconds) or olora.",
+        "metavar": "KIND"})
     lora_weight_path: str = field(default="", metadata={
         "help": "Adapter to continue, instead of a new one.", "metavar": "ADAPTER", "exists": "model"})
     lora_bias: Literal["none", "all", "lora_only"] = field(
@@ -216,6 +220,7 @@ def parse_arguments(argv):
     problems = [f"unexpected argument {word!r}" for word in stray]
     if lora_args.q_lora:
         training_args.use_lora = True
+    lora_args.init_lora_weights = lora_args.init_lora_weights.lower()  # peft's and YAML's is True
     if not data_args.data_path:
         problems.append("--data_path is missing: which data to train on?")
     if not 0 <= data_args.eval_ratio < 1:
@@ -234,7 +239,7 @@ def parse_arguments(argv):
                      for lora_field, default in zip(dataclasses.fields(LoraArguments),
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
-    problems += strategies.impossible(training_args, lora_args)
+    problems += strategies.impossible(training_args, lora_args) + impossible_start(training_args, lora_args)
     if problems:
         raise UserError("\n       ".join(problems))
     return model_args, data_args, training_args, lora_args
@@ -421,6 +426,8 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
     else:
         adapter = lora_config(model_args.model_name_or_path, model, tokenizer, lora_args)
         model = get_peft_model(model, adapter, autocast_adapter_dtype=not keeps_own_fp32)
+        if is_part_of_weights(lora_args.init_lora_weights):
+            start_from_weights(model, lora_args.init_lora_weights)
     dtype = compute_dtype(training_args) if keeps_own_fp32 else torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_numel"):  # ZeRO-3's are of that type, and cut up

@@ -1,6 +1,7 @@
 """The adapter that flags ask for: which layers of the network it is on, and peft's config of it."""
 
 import collections
+import functools
 import re
 
 import torch
@@ -123,12 +124,77 @@ def lora_config(path, model, tokenizer, lora_args):
     names = names[:1] if tied else names
     tokens = sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
     settings = {name: value for flag, value in vars(lora_args).items() if (name := peft_name(flag))}
+    start = lora_args.init_lora_weights
+    settings["init_lora_weights"] = start if start == "gaussian" else True
+    if is_part_of_weights(start):  # see start_from_weights; the scale stays what it is
+        settings["r"] *= 2
+        settings["lora_alpha"] *= 2 ** 0.5 if lora_args.use_rslora else 2
     if isinstance(lora_args.lora_target_modules, str):  # on mixtures of experts peft keeps only the last parts of names
         settings["target_modules"] = layers_of(lora_args.lora_target_modules, model)
     return LoraConfig(
         task_type="CAUSAL_LM", **settings, modules_to_save=names if embeddings == "full" else None,
         trainable_token_indices={name: tokens for name in names} if embeddings == "chatml" else None,
         ensure_weight_tying=tied and embeddings != "none")
+
+
+def is_part_of_weights(start):
+    """Whether adapters begin as a part of the weights under them, by this value of --init_lora_weights."""
+    return start.startswith(("pissa", "olora"))
+
+
+def impossible_start(training_args, lora_args):
+    """What is wrong with --init_lora_weights or cannot go with it, as lines."""
+    start = lora_args.init_lora_weights
+    if not re.fullmatch(r"true|gaussian|olora|pissa(_niter_\d+)?", start):
+        return [f"--init_lora_weights {start}: true, gaussian, olora, pissa or pissa_niter_N. Of peft's others, eva, "
+                "corda and lora_ga make passes over the data of their own, and loftq changes the base model"]
+    if not is_part_of_weights(start):
+        return []
+    return [f"{flag}: not with --init_lora_weights {start}, {reason}" for flag, given, reason in (
+        ("--q_lora", lora_args.q_lora, "which takes its start from 16-bit weights. Use --use_lora"),
+        ("--fsdp", training_args.fsdp, "of which one half is not trained. Use --deepspeed"),
+        (f"--weight_decay {training_args.weight_decay}", training_args.weight_decay,
+         "which would shrink the half of it that is not trained. Give --weight_decay 0")) if given]
+
+
+def start_from_weights(model, start):
+    """Begin new adapters as the part of the weights under them that PiSSA or OLoRA chooses.
+
+    These methods (arXiv:2404.02948, arXiv:2406.01775) take that part out of the base model's weights, and the adapter
+    fits no others. Here a second half of each adapter subtracts it, and is not trained: the same function of the same
+    trained weights, and the result is a plain adapter, of twice the rank, on the base model as it is.
+
+    model: peft's, with adapters of twice the rank. Raises UserError: one is not on a linear layer.
+    """
+    from peft.tuners.lora import Linear, LoraLayer
+    from peft.utils.integrations import gather_params_ctx
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if type(layer) is not Linear:
+            raise UserError(f"--init_lora_weights {start}: only linear layers have such a start, and {name} is none")
+        rank, weight = layer.r["default"] // 2, layer.get_base_layer().weight
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        dtype = down.dtype
+        with gather_params_ctx(weight, modifier_rank=None):
+            whole = weight.data.clone()
+            layer.r["default"] = rank
+            if start == "olora":
+                layer.olora_init("default")
+            else:
+                layer.pissa_init("default", start)
+            weight.data = whole
+        layer.r["default"] = 2 * rank
+        down.data = torch.cat([down.data, down.data]).to(dtype)
+        up.data = torch.cat([up.data, -up.data], dim=1).to(dtype)
+        down.register_hook(functools.partial(_without_second_half, 0))
+        up.register_hook(functools.partial(_without_second_half, 1))
+
+
+def _without_second_half(dim, gradient):
+    first, second = gradient.chunk(2, dim)
+    return torch.cat([first, torch.zeros_like(second)], dim)
 
 
 def peft_name(flag):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -146,29 +146,45 @@ def test_a_good_adapter_is_continued_and_merged(kind, foreign, train, tmp_path, 
     assert "The same as base and adapter" in capsys.readouterr().out
 
 
-KINDS = {
-    "a pattern": ["--lora_target_modules", r"model\.layers\.1\.(self_attn|mlp)\..*"],
-    "rsLoRA": ["--use_rslora"],
-    "DoRA": ["--use_dora"],
-    "DoRA on 4 bits": ["--use_dora", "--q_lora"]}
+KINDS = {  # the first flag is the one that is missing when the run is resumed with other settings
+    "a pattern": [["--lora_target_modules", r"model\.layers\.1\.(self_attn|mlp)\..*"]],
+    "DoRA": [["--use_dora"]],
+    "DoRA on 4 bits": [["--use_dora"], ["--q_lora"]],
+    "PiSSA, on a base model": [["--init_lora_weights", "pissa_niter_4"], ["--lora_embeddings", "full"]],
+    "OLoRA, rsLoRA": [["--init_lora_weights", "olora"], ["--use_rslora"]]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_resumed_and_merged_and_named(kind, train, tmp_path, capsys):
-    out, checkpoint = tmp_path / "out", tmp_path / "out/checkpoint-4"
+    """The result is a plain adapter, and with its base model what was trained: merge_lora.py proves that."""
+    out, given = tmp_path / "out", [word for flag in KINDS[kind] for word in flag]
     flags = ["--use_lora", "--lora_r", 4, "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
-    train(*flags, *KINDS[kind])
+    trainer = train(*flags, *given)
+    half = load_file(out / "checkpoint-2/adapter_model.safetensors")
     whole = load_file(out / "adapter_model.safetensors")
+    config = json.loads((out / "adapter_config.json").read_text())
+    twice = "--init_lora_weights" in given
+    assert config["r"] == (8 if twice else 4) and config["init_lora_weights"] is True
+    if twice:  # the second half subtracts the start, and stays as it is
+        for name, tensor in whole.items():
+            if "lora_" in name:
+                dim = 0 if "lora_A" in name else 1
+                assert tensor.chunk(2, dim)[1].equal(half[name].chunk(2, dim)[1])
+                assert not tensor.chunk(2, dim)[0].equal(half[name].chunk(2, dim)[0])
+    logits = trainer.model.eval()(torch.arange(20)[None]).logits
     card = (out / "README.md").read_text()
-    assert all(f"| {word.lstrip('-')} | " in card for word in KINDS[kind] if word.startswith("--"))
-    shutil.rmtree(checkpoint)
-    with pytest.raises(UserError, match=f"{KINDS[kind][0].lstrip('-')}: .* in the checkpoint"):
-        train(*flags, *KINDS[kind][2 if kind == "a pattern" else 1:])
-    train(*flags, *KINDS[kind])
+    assert all(f"| {word.lstrip('-')} | " in card for word in given if word.startswith("--"))
+    shutil.rmtree(out / "checkpoint-4")
+    with pytest.raises(UserError, match=f"{given[0].lstrip('-')}: .* in the checkpoint"):
+        train(*flags, *given[len(KINDS[kind][0]):])
+    train(*flags, *given)
     again = load_file(out / "adapter_model.safetensors")
     assert again.keys() == whole.keys() and all(again[name].equal(tensor) for name, tensor in whole.items())
     if kind == "a pattern":
         assert {name.split(".layers.")[1][0] for name in whole} == {"1"}
+    if "--q_lora" not in given:  # which is trained on 4 bits
+        alone = AutoPeftModelForCausalLM.from_pretrained(out).eval()
+        assert torch.allclose(alone(torch.arange(20)[None]).logits, logits, atol=1e-5)
     capsys.readouterr()
     merge_lora.merge(["--adapter_path", str(out), "--output_dir", str(tmp_path / "merged")])
     assert "The same as base and adapter" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from finetune import parse_arguments
 from mechanisms.errors import UserError
 from mechanisms.loading import check_trainable, fit_arguments
-from mechanisms.lora import empty_network, lora_config
+from mechanisms.lora import empty_network, lora_config, start_from_weights
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 96}
@@ -85,3 +85,66 @@ def test_dora_on_a_gptq_model_is_refused():
     _, _, training, lora = parse_arguments(["--data_path", "x", "--q_lora", "--use_dora"])
     with pytest.raises(UserError, match="--use_dora: peft has no DoRA for GPTQ layers"):
         check_trainable("x", config, training, lora)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["eva"], "--init_lora_weights eva: true, gaussian, olora, pissa or pissa_niter_N"),
+    (["pissa_niter_x"], "pissa or pissa_niter_N"),
+    (["pissa", "--q_lora"], "--q_lora: not with --init_lora_weights pissa"),
+    (["olora", "--weight_decay", "0.1"], "Give --weight_decay 0")])
+def test_starts_that_cannot_be_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_arguments(["--data_path", "x", "--use_lora", "--init_lora_weights", *flags])
+
+
+def test_peft_makes_the_start_that_is_its_own():
+    flags = ["--data_path", "x", "--use_lora", "--lora_embeddings", "none", "--init_lora_weights"]
+    for word, start in (("True", True), ("gaussian", "gaussian")):
+        lora = parse_arguments([*flags, word])[3]
+        assert lora_config("x", empty_network(DENSE), TOKENIZER, lora).init_lora_weights == start
+
+
+@pytest.mark.parametrize("scale", [[], ["--use_rslora"]])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_that_begin_as_a_part_of_the_weights_train_as_peft_trains_them(start, scale):
+    """The same gradient as with peft's own start, which changes the base model, and the base model's own loss."""
+    lora = parse_arguments(["--data_path", "x", "--use_lora", "--lora_embeddings", "none", "--lora_r", "4",
+                            "--lora_dropout", "0", "--lora_target_modules", "q_proj", "down_proj",
+                            "--init_lora_weights", start, *scale])[3]
+    ids, made = torch.arange(20)[None], []
+    for own in (True, False):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(DENSE, dtype=torch.float32)
+        before = {name: weight.clone() for name, weight in model.named_parameters()}
+        loss = model(ids, labels=ids).loss
+        config = lora_config("x", model, TOKENIZER, lora)
+        if not own:
+            config.init_lora_weights, config.r, config.lora_alpha = start, 4, lora.lora_alpha
+        torch.manual_seed(1)
+        model = get_peft_model(model, config)
+        if own:
+            torch.manual_seed(1)
+            start_from_weights(model, start)
+            for name, weight in model.named_parameters():
+                if "lora_" not in name:
+                    assert weight.equal(before[name.removeprefix("base_model.model.").replace(".base_layer", "")])
+        assert model(ids, labels=ids).loss.item() == pytest.approx(loss.item(), abs=1e-6)
+        model(ids, labels=ids).loss.backward()
+        made.append({name: (weight.detach(), weight.grad) for name, weight in model.named_parameters()
+                     if "lora_" in name})
+    ours, pefts = made
+    for name, (weight, gradient) in pefts.items():
+        dim = 0 if "lora_A" in name else 1
+        (first, second), (trained, fixed) = ours[name][0].chunk(2, dim), ours[name][1].chunk(2, dim)
+        if start != "pissa_niter_4":  # which draws random numbers
+            assert first.allclose(weight, atol=1e-6) and trained.allclose(gradient, atol=1e-6)
+        assert second.equal(first if dim == 0 else -first) and not fixed.any() and trained.any()
+
+
+def test_only_linear_layers_can_begin_as_a_part_of_their_weights():
+    lora = parse_arguments(["--data_path", "x", "--use_lora", "--lora_embeddings", "none", "--init_lora_weights",
+                            "olora", "--lora_target_modules", "embed_tokens"])[3]
+    model = transformers.AutoModelForCausalLM.from_config(DENSE)
+    model = get_peft_model(model, lora_config("x", model, TOKENIZER, lora))
+    with pytest.raises(UserError, match="only linear layers have such a start, and .*embed_tokens is none"):
+        start_from_weights(model, "olora")
