@@ -22,7 +22,8 @@ from mechanisms.quiet import silence
 class ChatArguments:
     system: str = field(default=None, metadata={"help": "System message (default: the chat template's own, if any)."})
     message: str = field(default=None, metadata={"help": "Answer this and end. Without it, and with a terminal: chat."})
-    base_model: str = field(default=None, metadata={"help": "For an adapter: where its base model is now."})
+    base_model: str = field(default=None, metadata={
+        "help": "For an adapter: where its base model is now.", "exists": "model"})
     thinking: Literal["on", "off"] = field(default=None, metadata={
         "help": "Whether the model is to think before it answers (default: the chat template's)."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default=None, metadata={

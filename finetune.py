@@ -42,15 +42,17 @@ from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
+from mechanisms.data.template import KEEP
 from mechanisms.errors import Checks, first_line
 from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
 from mechanisms.linear_attention import keep_within_samples, kernel_note
-from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code, peft_name
+from mechanisms.loading import check_tokens, check_trainable, fit_arguments, load_config, load_weights, no_code
 from mechanisms.lock import only_run_in
+from mechanisms.lora import impossible_start, is_part_of_weights, lora_config, start_from_weights
 from mechanisms.memory import checkpointing_needed
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
-from mechanisms.tokenizer import is_base_model, load_tokenizer, set_default_mode
+from mechanisms.tokenizer import load_tokenizer, set_default_mode
 from mechanisms.trainer import SafeTrainer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,6 +89,9 @@ class DataArguments:
                 "each in a sample of its own, or skip them."})
     system: str = field(
         default=None, metadata={"help": "System message of the conversations that have none."})
+    keep_added_tokens: bool = field(default=False, metadata={
+        "help": "Added tokens written in the data are tokens and not text, but for those of the chat template and the "
+                "ends of texts."})
     packing: bool = field(
         default=False, metadata={"help": "Fill rows of --model_max_length with samples; a batch counts rows then."})
     skip_bad_rows: int = field(
@@ -179,11 +184,20 @@ class LoraArguments:
     q_lora: bool = field(
         default=False, metadata={"help": "LoRA on a base model held in 4 bits (NF4); implies --use_lora."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_alpha: int = field(default=16, metadata={
+        "help": "Adapters are scaled by lora_alpha / lora_r (by lora_alpha / sqrt(lora_r) with --use_rslora)."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],
-        metadata={"help": "Linear layers that get an adapter (default: all of every block).", "metavar": "NAME"})
+    lora_target_modules: list[str] = field(default=None, metadata={
+        "help": "Linear layers that get an adapter: names, or all-linear, or one regular expression that whole names "
+                "must match (default: all of every block, but gates of experts and heads).", "metavar": "NAME"})
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale adapters so that high ranks learn as well as low ones (rsLoRA)."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "Train a length for each output beside the adapters (DoRA), which is slower."})
+    init_lora_weights: str = field(default="true", metadata={
+        "help": "How new adapters begin: true (as peft has it), gaussian, or as a part of the weights under them, with "
+                "twice the rank in the result: pissa, pissa_niter_16 (nearly the same, in seconds) or olora.",
+        "metavar": "KIND"})
     lora_weight_path: str = field(default="", metadata={
         "help": "Adapter to continue, instead of a new one.", "metavar": "ADAPTER", "exists": "model"})
     lora_bias: Literal["none", "all", "lora_only"] = field(
@@ -206,6 +220,7 @@ def parse_arguments(argv):
     problems = [f"unexpected argument {word!r}" for word in stray]
     if lora_args.q_lora:
         training_args.use_lora = True
+    lora_args.init_lora_weights = lora_args.init_lora_weights.lower()  # peft's and YAML's is True
     if not data_args.data_path:
         problems.append("--data_path is missing: which data to train on?")
     if not 0 <= data_args.eval_ratio < 1:
@@ -224,7 +239,7 @@ def parse_arguments(argv):
                      for lora_field, default in zip(dataclasses.fields(LoraArguments),
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
-    problems += strategies.impossible(training_args, lora_args)
+    problems += strategies.impossible(training_args, lora_args) + impossible_start(training_args, lora_args)
     if problems:
         raise UserError("\n       ".join(problems))
     return model_args, data_args, training_args, lora_args
@@ -262,6 +277,7 @@ def read_model_and_data(model_args, data_args, training_args, lora_args, checks)
     tokenizer = None
     with checks:
         config, tokenizer = read_model_folder(model_args, training_args, lora_args)
+        check_tokens(model_args.model_name_or_path, config, tokenizer, data_args.keep_added_tokens)
     with checks:
         if tokenizer:
             datasets = prepare_datasets(data_args, training_args, tokenizer)
@@ -272,12 +288,15 @@ def read_model_and_data(model_args, data_args, training_args, lora_args, checks)
 
 
 def prepare_datasets(data_args, training_args, tokenizer):
-    """-> (train, eval or None, {"train": DataReport, ...}). Prints the first sample and what became of all records.
+    """-> (train, eval or None, {"train": DataReport, ...}). Prints the first sample and what became of all records;
+    the tokenizer remembers --keep_added_tokens.
 
     Raises UserError with every problem of all files if there are more than --skip_bad_rows.
     """
     encoder = ConversationEncoder(tokenizer, training_args.model_max_length, data_args.loss_on, data_args.overlong,
-                                  data_args.thinking, data_args.earlier_answers, data_args.system)
+                                  data_args.thinking, data_args.earlier_answers, data_args.system,
+                                  data_args.keep_added_tokens)
+    tokenizer.init_kwargs |= {KEEP: data_args.keep_added_tokens}  # saved with the result, for chat.py
     problems, datasets, reports = Problems(), {}, {}
     for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
         files = find_files(paths or [], problems)
@@ -397,7 +416,7 @@ def read_model_folder(model_args, training_args, lora_args):
 
 def add_adapter(model, tokenizer, model_args, training_args, lora_args):
     """Wrap the model for LoRA: frozen but for the adapters and, on a base model, the embedding and output layers."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     keeps_own_fp32 = training_args.deepspeed is not None  # and cannot mix fp32 adapters with 16-bit layers
     if lora_args.lora_weight_path:
@@ -405,24 +424,10 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
             model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
                                               autocast_adapter_dtype=not keeps_own_fp32)
     else:
-        embeddings = lora_args.lora_embeddings
-        if embeddings == "auto":
-            base, reason = is_base_model(model_args.model_name_or_path, tokenizer)
-            embeddings = "none" if not base else "chatml" if lora_args.q_lora else "full"
-            say(f"{'Base' if base else 'Chat'} model: {reason}. --lora_embeddings auto is '{embeddings}' then.")
-        names = [name for name, module in model.named_modules()
-                 if module in (model.get_input_embeddings(), model.get_output_embeddings())]
-        names = [name.rpartition(".")[2] for name in names]
-        tied = model.config.tie_word_embeddings
-        tokens = sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
-        model = get_peft_model(model, LoraConfig(
-            task_type="CAUSAL_LM",
-            **{name: value for flag, value in vars(lora_args).items() if (name := peft_name(flag))},
-            modules_to_save=(names[:1] if tied else names) if embeddings == "full" else None,
-            trainable_token_indices={name: tokens for name in (names[:1] if tied else names)}
-            if embeddings == "chatml" else None,
-            ensure_weight_tying=tied and embeddings != "none",
-        ), autocast_adapter_dtype=not keeps_own_fp32)
+        adapter = lora_config(model_args.model_name_or_path, model, tokenizer, lora_args)
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=not keeps_own_fp32)
+        if is_part_of_weights(lora_args.init_lora_weights):
+            start_from_weights(model, lora_args.init_lora_weights)
     dtype = compute_dtype(training_args) if keeps_own_fp32 else torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_numel"):  # ZeRO-3's are of that type, and cut up

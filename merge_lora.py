@@ -27,7 +27,7 @@ class MergeArguments:
     adapter_path: str = field(metadata={"help": "Folder of the adapter.", "metavar": "FOLDER", "exists": "model"})
     output_dir: str = field(metadata={"help": "Folder to make. It must not exist, or be empty."})
     base_model: str = field(default=None, metadata={
-        "help": "The 16-bit model to merge into (default: the one named in the adapter)."})
+        "help": "The 16-bit model to merge into (default: the one named in the adapter).", "exists": "model"})
     max_shard_size: str = field(default="2GB", metadata={"help": "Largest weight file."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Precision of the merged weights. auto: that of the base model."})

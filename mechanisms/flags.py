@@ -22,7 +22,7 @@ from mechanisms.config_file import CONFIG_FILE, VARIABLE, read_config
 from mechanisms.declarations import METADATA, PUBLIC, TRAINER, Flag, print_help, read_flags
 from mechanisms.errors import UserError
 from mechanisms.hints import what_to_write
-from mechanisms.paths import could_be_on_the_hub, data_files, deepspeed_file
+from mechanisms.paths import could_be_on_the_hub, data_files, deepspeed_file, model_folder
 
 # Flags of the original scripts that transformers 5 knows under another name. They are read as the new name, and said.
 RENAMED = {"evaluation_strategy": "eval_strategy",
@@ -84,7 +84,7 @@ def prepare_command_line(script: str, argv: list[str]) -> list[str]:
     if problems:
         raise UserError(NEXT_LINE.join(problems) + advice)
     _say_new_names(given)
-    return words + [word for entry in given for word in _as_words(entry)]
+    return [model_folder(word) for word in words] + [word for entry in given for word in _as_words(entry)]
 
 
 def make_parser(classes: Iterable[type]):
@@ -161,8 +161,10 @@ def _take_values(rest, flag, flags):
 
 
 def _as_declared(entry):
-    """The values with comma lists split and choices in the declared case."""
+    """The values with comma lists split, choices in the declared case, and models of the Hub's cache found in it."""
     values = entry.values
+    if entry.flag.metadata.get("exists") == "model":
+        values = [model_folder(value) for value in values]
     if entry.flag.nargs == "+":
         values = [part for value in values for part in _split_at_commas(value)]
     spelling = {choice.lower(): choice for choice in entry.flag.choices}
@@ -172,7 +174,8 @@ def _as_declared(entry):
 def _split_at_commas(value):
     if glob.glob(value):  # a file with a comma in its name
         return [value]
-    return [part.strip() for part in value.split(",") if part.strip()] or [value]
+    parts = re.split(r",(?![^{}]*\})", value)  # the comma in x{1,2} is part of a regular expression
+    return [part.strip() for part in parts if part.strip()] or [value]
 
 
 def _as_words(entry):

@@ -58,6 +58,8 @@ FLAGS = {
     "--lora_alpha": "alpha lora_scaling",
     "--lora_dropout": "lora_dropout_p lora_dropout_rate lora_drop dropout",
     "--lora_target_modules": "lora_target lora_targets lora_modules target_modules lora_target_linear",
+    "--use_rslora": "rslora",
+    "--use_dora": "dora",
     "--lora_bias": "bias lora_bias_trainable",
     "--lora_embeddings": "additional_target modules_to_save lora_modules_to_save",
     "--lora_weight_path": """adapter_name_or_path adapter_path adapters lora_model_dir lora_path lora_weights
@@ -97,7 +99,7 @@ NO_FLAG = {
     "leave it out, this program does supervised fine-tuning only": "stage task task_type rlhf_type rl",
     "leave it out, the result is always written as safetensors": "save_safetensors safe_serialization",
     "leave it out, the losses are in trainer_state.json of the result": "plot_loss",
-    "leave it out, the adapters are plain LoRA": "use_dora dora use_rslora rslora pissa_init loraplus_lr_ratio",
+    "leave it out, adapters have one learning rate": "loraplus_lr_ratio",
     "leave it out, the vocabulary stays that of the model": "resize_vocab new_special_tokens special_tokens",
     "give a file with fewer records": "max_samples max_train_samples train_dataset_sample num_samples",
     "give it to torchrun, before finetune.py": """nproc_per_node nnodes node_rank master_addr master_port num_gpus gpus

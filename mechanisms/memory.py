@@ -19,7 +19,7 @@ from mechanisms import gptq
 from mechanisms.attention import VARLEN, WITHIN_SAMPLES
 from mechanisms.head_loss import loss_bytes
 from mechanisms.linear_attention import keep_within_samples
-from mechanisms.lora_targets import empty_network
+from mechanisms.lora import empty_network, last_parts, layers_of
 
 RESERVE = 0.15  # share of the memory that is kept for what is not counted
 
@@ -210,6 +210,7 @@ def _network(setup, layers=None):
             adapter = copy.deepcopy(setup.adapter)
             if layers:  # of which each is like one that has adapters
                 adapter.layers_to_transform = adapter.layers_pattern = None
+                adapter.target_modules = last_parts(layers_of(adapter.target_modules, empty_network(setup.config)))
             with gptq.gptqmodel_hidden(True):
                 network = get_peft_model(network, adapter).get_base_model()
     keep_within_samples(network)

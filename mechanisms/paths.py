@@ -23,6 +23,24 @@ def could_be_on_the_hub(path):
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
 
 
+def model_folder(path):
+    """Where a model of the Hub's cache lies in its folder models--X--Y: the snapshot of the main branch.
+
+    Any other path is returned as it is.
+    """
+    try:
+        with open(os.path.join(path, "refs", "main"), encoding="utf-8") as file:
+            return os.path.join(path, "snapshots", file.read().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+
+
+def hub_name(path):
+    """The name on the Hub, X/Y, of a snapshot in its cache (models--X--Y/snapshots/...); None for any other path."""
+    match = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", os.path.abspath(path))
+    return match and "/".join(match.groups())
+
+
 def deepspeed_file(value):
     """The config that --deepspeed names, None for "" and "none": the launchers give one, this takes it back.
 
@@ -180,8 +198,9 @@ def is_converted_folder(path):
 
 
 def source_name(path):
-    """Name or folder of the Qwen-1 model that a folder was converted from; any other path as it is."""
-    return card_metadata(path).get("converted_from", path)
+    """Name or folder of the Qwen-1 model that a folder was converted from, or the name of a snapshot in the Hub's
+    cache; any other path as it is."""
+    return card_metadata(path).get("converted_from", hub_name(path) or path)
 
 
 def card_metadata(folder):

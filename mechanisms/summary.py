@@ -100,7 +100,7 @@ def model_card(arguments, settings, prompt_note):
     which prompt the answers were trained after, or "".
     """
     model_args, data_args, training_args, lora_args = arguments
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    rows = "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in settings.items())
     data = ", ".join(f"`{os.path.basename(os.path.normpath(path))}`" for path in data_args.data_path)
     base = source_name(model_args.model_name_or_path)
     return (f"---\nbase_model: {json.dumps(base)}\n"

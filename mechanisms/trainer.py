@@ -115,6 +115,14 @@ class SafeTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(resume_from_checkpoint)
 
+    def _issue_warnings_after_load(self, load_result):
+        """Trainer's, but not for tied weights, which a checkpoint has under one of their names.
+
+        Can go when Trainer asks the model's all_tied_weights_keys, as `from_pretrained` does.
+        """
+        missing = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_renamed(self, folder):
         """Load the weights of a network whose files have other names than it has (one tensor for each expert, the
         names of a wrapper). Trainer looks for its own names, finds few or none of them and goes on.

@@ -54,6 +54,7 @@ class ConversationEncoder:
     earlier_answers: those that the prompt of the last one does not show as they were said are trained in samples of
         their "own", or left out ("skip")
     system: the system message of conversations that have none
+    keep_added_tokens: see `ChatTemplate`
 
     Its fields are all that a sample depends on beside the conversation: the token cache's key is made of them.
 
@@ -68,9 +69,11 @@ class ConversationEncoder:
     thinking: Literal["auto", "on", "off"] = "auto"
     earlier_answers: Literal["own", "skip"] = "own"
     system: str | None = None
+    keep_added_tokens: bool | None = None
 
     def __post_init__(self):
-        self.template = ChatTemplate(self.tokenizer)
+        self.template = ChatTemplate(self.tokenizer, self.keep_added_tokens)
+        self.keep_added_tokens = self.template.keep_added_tokens
         self.ids_of = self.template.ids_of
         for style in self.template.styles.values():
             if self.thinking != "auto" and (self.thinking == "on") not in style.endings:

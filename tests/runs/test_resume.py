@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import transformers
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
@@ -58,6 +59,17 @@ def other_model(make_model, tmp_path):
     weights = load_file(folder / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def test_a_tied_output_layer_is_not_called_missing(again, monkeypatch):
+    said = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", said.append)
+    trainer = again("full")
+    assert "lm_head.weight" in trainer.model.all_tied_weights_keys and not any("missing keys" in line for line in said)
+    name = "model.norm.weight"
+    trainer._issue_warnings_after_load(trainer.model.load_state_dict({}, strict=False))
+    [line] = [line for line in said if "missing keys" in line]
+    assert name in line and "lm_head.weight" not in line
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -21,6 +21,8 @@ from examples.make_tiny_model import EXAMPLES
 from mechanisms import declarations, hints
 from mechanisms.errors import UserError
 from mechanisms.flags import BOOLEANS, RENAMED, make_parser, prepare_command_line
+from mechanisms.paths import source_name
+from mechanisms.tokenizer import is_base_model
 
 ROOT = Path(finetune.__file__).parent
 DATA = str(EXAMPLES / "data")
@@ -407,6 +409,23 @@ def test_only_the_value_that_counts_has_to_be_there():
 def test_what_must_be_given(program, message):
     assert error(data=(), program=program) == message
     assert "missing" not in error("--dataset", "x", data=(), program=program)  # which is the data, perhaps
+
+
+@pytest.mark.parametrize("program, flag", [
+    (finetune, "--model_name_or_path"), (finetune, "--lora_weight_path"), (merge_lora, "--adapter_path"),
+    (merge_lora, "--base_model"), (chat, "--base_model"), (chat, None), (run_gptq, "--model_name_or_path")])
+def test_the_root_of_a_model_in_the_hubs_cache_is_its_snapshot(program, flag):
+    root = Path("hub/models--Qwen--Qwen2.5-0.5B-Instruct").resolve()
+    (root / "refs").mkdir(parents=True)
+    (root / "refs/main").write_text("7ae557604adf67be50417f59c2c2f167def9a775")
+    snapshot = root / "snapshots/7ae557604adf67be50417f59c2c2f167def9a775"
+    snapshot.mkdir(parents=True)
+    others = {merge_lora: ["--adapter_path", ".", "--output_dir", "out"], run_gptq: ["--out_path", "out"]}
+    words = prepare(*others.get(program, []), *filter(None, [flag]), root, program=program,
+                    data=() if program in (chat, merge_lora) else ("--data_path", DATA))
+    assert str(snapshot) in words and str(root) not in words
+    assert source_name(str(snapshot)) == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert is_base_model(str(snapshot), None) == (False, "its name holds 'instruct'")
 
 
 # -- once more --------------------------------------------------------------------------------------------------------
