@@ -39,7 +39,9 @@ def load_weights(path, **options):
 
     Raises UserError for such a folder, and LOADING_ERRORS as that does.
     """
-    if is_gptq(options.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=False)):
+    if "config" not in options:
+        options["config"] = text_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    if is_gptq(options["config"]):
         import_gptqmodel()
     with no_code(path):
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
@@ -73,8 +75,8 @@ def load_to_answer(path, base_model=None, dtype="auto", device_map=None):
     has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
     tokenizer = load_tokenizer(folder if has_tokenizer else source)
     if base:
-        config = model_config(source, f"the base model of {path}").get_text_config()
-        check_adapter(path, read_adapter(path), source, config)
+        config = model_config(source, f"the base model of {path}")
+        check_adapter(path, read_adapter(path), source, text_config(config))
     try:
         model = load_weights(source, dtype=dtype, device_map=device_map)
     except LOADING_ERRORS as error:
@@ -133,7 +135,13 @@ def load_config(path, cache_dir=None):
     if not {type(outer), type(config)} <= set(MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{path} is a {outer.model_type} model, which transformers cannot load as a language model "
                         "alone. Use a text model (Qwen3), or one whose language part stands alone (Qwen3.5, Qwen3.6)")
-    if config is not outer:  # what a wrapper says for both
+    return text_config(outer)
+
+
+def text_config(outer):
+    """The config of a model's text part, with what a wrapper says for all of its parts."""
+    config = outer.get_text_config()
+    if config is not outer:
         config.tie_word_embeddings = config.tie_word_embeddings or outer.tie_word_embeddings
         config._commit_hash = getattr(outer, "_commit_hash", None)
         if getattr(outer, "quantization_config", None):

@@ -1,6 +1,7 @@
 """Hybrids and mixtures of experts as they are published: trained, resumed, saved, merged, and asked."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -30,6 +31,10 @@ VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2
           "num_position_embeddings": 16, "deepstack_visual_indexes": []}
 
 
+OTHER = re.compile(r"model\.visual\.|mtp\.")
+PROCESSORS = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
+
+
 def in_wrapper(outer, **text):
     return outer(text_config=text, vision_config=VISION, tie_word_embeddings=False)
 
@@ -57,17 +62,58 @@ def make_published(make_model, tmp_path_factory):
             torch.manual_seed(0)
             wrapped = config.get_text_config() is not config
             auto = transformers.AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
-            model = auto.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.bfloat16 if wrapped else torch.float32)
             model.generation_config = transformers.GenerationConfig.from_pretrained(plain)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if wrapped:
-                file = folder / "model.safetensors"
-                save_file({**load_file(file), "mtp.fc.weight": torch.randn(64, 128)}, file, {"format": "pt"})
+                publish(folder)
             made[kind] = folder
         return made[kind]
 
     return make
+
+
+def publish(folder):
+    """What transformers saved of a wrapped model, as it is published: two files, routed experts in one tensor for a
+    layer, A_log in fp32, an MTP layer, the settings of the processors."""
+    tensors = {**load_file(folder / "model.safetensors"), "mtp.fc.weight": torch.randn(64, 128).bfloat16()}
+    experts = [tensors.pop(name) for name in list(tensors) if ".experts." in name]  # of each: down, gate, up
+    for layer in range(SIZES["num_hidden_layers"] if experts else 0):
+        own = experts[layer * 12:layer * 12 + 12]
+        name = f"model.language_model.layers.{layer}.mlp.experts"
+        tensors[f"{name}.down_proj"] = torch.stack(own[::3])
+        tensors[f"{name}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(own[1::3], own[2::3])])
+    for name, tensor in tensors.items():
+        if name.endswith("A_log"):
+            tensors[name] = tensor.float() * 1.001
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for number, part in enumerate((names[:len(names) // 2], names[len(names) // 2:]), 1):
+        file = f"model.safetensors-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for name in PROCESSORS:
+        (folder / name).write_text(f'{{"image_processor_type": "{name}"}}')
+
+
+def stored(folder):
+    """{name: tensor} of all files of weights in a folder, which hold each once, and as the index says."""
+    tensors, places = {}, {}
+    for file in sorted(folder.glob("*.safetensors")):
+        part = load_file(file)
+        assert not tensors.keys() & part.keys()
+        tensors |= part
+        places |= dict.fromkeys(part, file.name)
+    index = folder / "model.safetensors.index.json"
+    assert len(set(places.values())) == 1 or json.loads(index.read_text())["weight_map"] == places
+    return tensors
+
+
+def same_bytes(one, other):
+    one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)
 
 
 @pytest.fixture
@@ -88,16 +134,16 @@ def run(make_published, cache_dir, tmp_path):
 def test_the_road_of_a_model(run, kind, method, make_published, tmp_path, capsys):
     """Train, resume to the same bits, load with the stock classes, merge, and answer."""
     flags = ["--use_lora"] if method == "lora" else ["--gradient_accumulation_steps", 2, "--packing"]
-    out, again, name = tmp_path / "out", tmp_path / "again", "adapter_model" if method == "lora" else "model"
+    out, again = tmp_path / "out", tmp_path / "again"
     run(kind, "--save_strategy", "steps", "--save_steps", 2, *flags)
     run(kind, "--output_dir", again, "--resume_from_checkpoint", out / "checkpoint-2", *flags)
-    results = [load_file(folder / f"{name}.safetensors") for folder in (out, again)]
-    base = load_file(make_published(kind) / "model.safetensors")
+    results = [stored(folder) for folder in (out, again)]
+    base = stored(make_published(kind))
     assert results[0].keys() == results[1].keys()
     assert [key for key, tensor in results[0].items() if not torch.equal(tensor, results[1][key])] == []
     if method == "full":
-        text = {key for key in base if "visual" not in key and not key.startswith("mtp.")}
-        assert results[0].keys() == text and any(not torch.equal(base[key], results[0][key]) for key in text)
+        assert results[0].keys() == base.keys()
+        assert any(not torch.equal(base[key], results[0][key]) for key in base if not OTHER.match(key))
     stock = (AutoPeftModelForCausalLM if method == "lora" else AutoModelForCausalLM).from_pretrained(out).eval()
     model, tokenizer = load_to_answer(str(out))
     ids = torch.tensor([tokenizer("Who are you?")["input_ids"]])
@@ -109,6 +155,38 @@ def test_the_road_of_a_model(run, kind, method, make_published, tmp_path, capsys
     capsys.readouterr()
     chat.main([str(out), "--message", "Who are you?", "--do_sample", "False", "--max_new_tokens", "4"])
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_a_wrapped_model_stays_whole(run, kind, make_published, tmp_path):
+    """Full result and merged folder: trained text part, all else to the byte, and what loads the base loads them."""
+    published, full, adapter = make_published(kind), tmp_path / "full", tmp_path / "adapter"
+    trainer = run(kind, "--output_dir", full)
+    run(kind, "--output_dir", adapter, "--use_lora")
+    merge_lora.merge(["--adapter_path", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    ids, base = torch.tensor([[5, 6, 7, 8]]), stored(published)
+    for folder in full, tmp_path / "merged":
+        found = stored(folder)
+        assert {name: tensor.shape for name, tensor in found.items()} == \
+            {name: tensor.shape for name, tensor in base.items()}
+        assert [name for name in base if OTHER.match(name) and not same_bytes(base[name], found[name])] == []
+        assert all((folder / name).read_bytes() == (published / name).read_bytes() for name in PROCESSORS)
+        before, after = (json.loads((place / "config.json").read_text()) for place in (published, folder))
+        for config in (before, after):
+            config["dtype"] = config["text_config"]["dtype"] = "that of the trained weights"
+        assert after == before
+        whole, info = transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
+        with torch.no_grad():
+            text = AutoModelForCausalLM.from_pretrained(folder)
+            assert torch.equal(whole(ids).logits, text(ids).logits)
+        if folder == full:
+            trained, loaded = trainer.model.state_dict(), text.state_dict()
+            assert [name for name in trained if not torch.equal(trained[name], loaded[name])] == []
+    states = [name for name in base if name.endswith("A_log")]
+    assert len(states) == 3 and all(same_bytes(base[name], found[name]) for name in states)  # of the merged folder
+    again = run(kind, "--model_name_or_path", full, "--output_dir", tmp_path / "again", "--max_steps", 1)
+    assert stored(tmp_path / "again").keys() == base.keys() and again.state.global_step == 1
 
 
 @pytest.mark.parametrize("kind, reached, missed", [
