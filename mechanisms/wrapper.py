@@ -29,12 +29,12 @@ from transformers.utils import (
 )
 
 from mechanisms.errors import UserError, first_line
-from mechanisms.loading import text_config
 
 TEXT = "model.language_model.", "lm_head."  # what the names of the text part's tensors begin with
 FORMAT = {"format": "pt"}  # in the files' metadata: some programs refuse a file without it
 HEAD = "lm_head.weight"  # not in the files where it is the embedding
-OF_THE_FOLDER = {"architectures", "transformers_version", "_name_or_path"}  # and not of the model, in a config
+# In a config, and not settings of the model.
+OF_A_FOLDER = {"architectures", "model_type", "transformers_version", "_name_or_path"}
 
 
 class Wrapper:
@@ -42,6 +42,7 @@ class Wrapper:
 
     Attributes:
         folder: where it is; for a name on the Hub, where its files were loaded to.
+        config: the whole model's.
         text: names of the text part's tensors.
         others: {file: [names of the other tensors in it]}, of files that have some.
         size: bytes of these.
@@ -52,7 +53,8 @@ class Wrapper:
     def __init__(self, path, cache_dir=None):
         folder = path if os.path.isdir(path) else snapshot_download(
             path, cache_dir=cache_dir, allow_patterns=["*.json", "*.safetensors"])
-        self.folder, self.text, self.others, self.size = folder, set(), {}, 0
+        self.folder, self.config = folder, AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        self.text, self.others, self.size = set(), {}, 0
         try:
             with reading(folder) as tensors:
                 for name, tensor in tensors.items():
@@ -100,7 +102,7 @@ class Wrapper:
     def _widen(self, path):
         """Some tensors are published in a wider type than the model's (A_log in fp32). They keep it, and their bytes
         if nothing but rounding has changed them."""
-        usual, wide = text_config(AutoConfig.from_pretrained(self.folder)).dtype, {}
+        usual, wide = self.config.get_text_config().dtype, {}
         with reading(self.folder) as published, safe_open(path, "pt") as tensors:
             saved = {name: tensors.get_tensor(name) for name in tensors.keys()}
             for name in saved.keys() & self.text:
@@ -113,14 +115,14 @@ class Wrapper:
 
     def _complete_config(self, folder):
         """The published config, with what is other in the config that was saved."""
-        path = os.path.join(folder, CONFIG_NAME)
-        before, after = (text_config(AutoConfig.from_pretrained(place)).to_dict() for place in (self.folder, folder))
-        changed = {name: after.get(name) for name, value in before.items()
-                   if name not in OF_THE_FOLDER and after.get(name) != value}
+        path, saved = os.path.join(folder, CONFIG_NAME), AutoConfig.from_pretrained(folder).to_dict()
         with open(os.path.join(self.folder, CONFIG_NAME), encoding="utf-8") as file:
             config = json.load(file)
+        changed, of_all = ({name: saved[name] for name, value in part.to_dict().items()
+                            if name not in OF_A_FOLDER and name in saved and saved[name] != value}
+                           for part in (self.config.get_text_config(), self.config))
+        config.update({name: value for name, value in of_all.items() if name in config})
         config["text_config"].update(changed)
-        config.update({name: value for name, value in changed.items() if name in config})
         write_json(path, config)
 
     def differences(self, folder):

@@ -1,7 +1,9 @@
 """Hybrids and mixtures of experts as they are published: trained, resumed, saved, merged, and asked."""
 
 import json
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import finetune
 import merge_lora
 import run_gptq
 from examples.make_tiny_model import EXAMPLES
-from mechanisms import memory
+from mechanisms import checkpoints, memory, wrapper
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 from mechanisms.loading import load_config, load_to_answer
@@ -187,6 +189,119 @@ def test_a_wrapped_model_stays_whole(run, kind, make_published, tmp_path):
     assert len(states) == 3 and all(same_bytes(base[name], found[name]) for name in states)  # of the merged folder
     again = run(kind, "--model_name_or_path", full, "--output_dir", tmp_path / "again", "--max_steps", 1)
     assert stored(tmp_path / "again").keys() == base.keys() and again.state.global_step == 1
+
+
+def test_the_text_alone_and_the_whole_in_turn(run, make_published, tmp_path, monkeypatch):
+    """One takes the place of the other; a kill on the way leaves the earlier result, or nothing that passes for one."""
+    out, names = tmp_path / "out", stored(make_published("qwen3_5")).keys()
+    text = {name for name in names if not OTHER.match(name)}
+    run("qwen3_5", "--text_only", "--max_steps", 1)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert stored(out).keys() == text and "Qwen3_5ForCausalLM" in before["config.json"].decode()
+    assert "pipeline_tag: text-generation" in before["README.md"].decode() and PROCESSORS[0] not in before
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    for module, function in ((wrapper, "save_file"), (wrapper, "write_json"), (checkpoints, "settle")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, function, killed)
+            run("qwen3_5", "--max_steps", 1)
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda source, target: killed() if target == str(out / "config.json")
+                      else os.rename(source, target))
+        run("qwen3_5", "--max_steps", 1)
+    assert not (out / "config.json").exists()
+    run("qwen3_5", "--max_steps", 1)
+    assert stored(out).keys() == names and not (out / "model.safetensors").exists()
+    assert "pipeline_tag: image-text-to-text" in (out / "README.md").read_text()
+
+
+def test_an_adapter_says_where_it_has_no_effect(run, make_published, tmp_path, capsys):
+    """On a wrapper that alone says that the output layer is the embedding: its adapter is merged, and says how."""
+    tied, tensors = tmp_path / "tied", stored(make_published("qwen3_5"))
+    shutil.copytree(make_published("qwen3_5"), tied, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"},
+              tied / "model.safetensors", {"format": "pt"})
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    run("qwen3_5", "--model_name_or_path", tied, "--use_lora", "--max_steps", 1)
+    command = f"python merge_lora.py --adapter_path {tmp_path / 'out'} --output_dir {tmp_path / 'out'}-merged"
+    said, card = capsys.readouterr().out, (tmp_path / "out/README.md").read_text()
+    assert command in said and command in card and "vllm serve" not in said
+    assert "ignores adapters of its text part without a word" in said and "ignores adapters" in card
+    flags = ["--adapter_path", str(tmp_path / "out"), "--output_dir"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="not those of .*: mtp.fc.weight"):
+        patch.setattr(wrapper.Wrapper, "differences", lambda *arguments: ["mtp.fc.weight"])
+        merge_lora.merge([*flags, str(tmp_path / "wrong")])
+    assert not (tmp_path / "wrong").exists()
+    merge_lora.merge([*flags, str(tmp_path / "whole")])
+    merge_lora.merge([*flags, str(tmp_path / "text"), "--text_only"])
+    assert "vision tower and others" in capsys.readouterr().out
+    whole, text = stored(tmp_path / "whole"), stored(tmp_path / "text")
+    assert whole.keys() == tensors.keys() - {"lm_head.weight"}
+    assert text.keys() == {name for name in whole if not OTHER.match(name)}
+    for folder in "whole", "text":
+        model, _ = load_to_answer(str(tmp_path / folder))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "whole", output_loading_info=True)
+    assert not info["missing_keys"] and model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.fixture
+def completed(make_published, tmp_path):
+    """(Wrapper, folder): the text part of a published model, one of its A_log changed, in the wrapper again."""
+    folder, whole = tmp_path / "completed", wrapper.Wrapper(str(make_published("qwen3_5")))
+    model = AutoModelForCausalLM.from_pretrained(whole.folder)
+    with torch.no_grad():
+        model.model.layers[1].linear_attn.A_log += 1
+    model.save_pretrained(folder)
+    whole.complete(str(folder))
+    return whole, folder
+
+
+def test_tensors_keep_a_wider_type_than_the_models(completed, make_published):
+    found, base = stored(completed[1]), stored(make_published("qwen3_5"))
+    name = "model.language_model.layers.1.linear_attn.A_log"
+    assert [key for key in base if not same_bytes(base[key], found[key])] == [name]
+    assert torch.equal(found[name], (base[name].bfloat16() + 1).float())
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors: tensors["mtp.fc.weight"].view(torch.int16).flatten()[5].bitwise_xor_(1),
+    lambda tensors: tensors.pop("mtp.fc.weight"),
+    lambda tensors: tensors.update({"mtp.fc.weight": tensors["mtp.fc.weight"].float()})], ids=["bit", "lost", "type"])
+def test_other_tensors_than_the_bases_are_found(completed, change):
+    whole, folder = completed
+    assert whole.differences(str(folder)) == []
+    [file] = [file for file in folder.glob("*.safetensors") if "mtp.fc.weight" in load_file(file)]
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    assert whole.differences(str(folder)) == ["mtp.fc.weight"]
+
+
+def test_a_wrapper_is_refused_before_training(run, make_published, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(make_published("qwen3_5"), broken)
+    file = sorted(broken.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="vision tower in them goes into the result.*--text_only"):
+        run("qwen3_5", "--model_name_or_path", broken)
+    with pytest.raises(UserError, match="--text_only: .* is a text model"):
+        run("qwen3_moe", "--text_only")
+    with pytest.raises(UserError, match="--text_only has no effect on an adapter"):
+        run("qwen3_5", "--text_only", "--use_lora")
+
+
+def test_a_text_part_with_other_names_is_not_put_into_the_wrapper(make_published, tmp_path):
+    """A file for each expert, and the base has one for all of a layer: neither would read the other's."""
+    model = AutoModelForCausalLM.from_config(load_config(str(make_published("qwen3_5_moe"))))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="are not those of the text part"):
+        wrapper.Wrapper(str(make_published("qwen3_5_moe"))).complete(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind, reached, missed", [
