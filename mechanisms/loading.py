@@ -50,6 +50,11 @@ def load_weights(path, **options):
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{path} is not a whole model: its files lack {', '.join(missing[:3])}{more}")
+    # A model is saved with the conversions of its loading undone. Under ZeRO-3 transformers keeps also those that the
+    # files had no use for: experts published in one tensor for a layer would be saved one by one. Can go when it keeps
+    # those that were used, as it does without ZeRO-3 (transformers/integrations/deepspeed.py).
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
     # On a CPU with bfloat16 instructions bitsandbytes packs 4-bit weights anew at the first evaluation, for good and
     # for a product that has no gradient: training would go on without. It also fails on layers of fewer than 64 inputs.
     # Can go when it unpacks them for training (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078).

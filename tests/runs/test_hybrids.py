@@ -11,6 +11,8 @@ import transformers
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 import chat
 import finetune
@@ -20,7 +22,7 @@ from examples.make_tiny_model import EXAMPLES
 from mechanisms import checkpoints, memory, wrapper
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
-from mechanisms.loading import load_config, load_to_answer
+from mechanisms.loading import load_config, load_to_answer, load_weights
 from mechanisms.memory import Setup
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
@@ -248,6 +250,21 @@ def test_an_adapter_says_where_it_has_no_effect(run, make_published, tmp_path, c
     model, info = transformers.AutoModelForImageTextToText.from_pretrained(
         tmp_path / "whole", output_loading_info=True)
     assert not info["missing_keys"] and model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_conversions_that_loading_had_no_use_for_are_not_undone(make_published, tmp_path, monkeypatch):
+    """Under ZeRO-3 transformers keeps them too: here as there."""
+    plain = AutoModelForCausalLM.from_pretrained
+
+    def keeping_all(*arguments, **options):
+        model, info = plain(*arguments, **options)
+        model._weight_conversions += [conversion for conversion in get_model_conversion_mapping(model)
+                                      if isinstance(conversion, WeightConverter)]
+        return model, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", keeping_all)
+    load_weights(str(make_published("qwen3_5_moe"))).save_pretrained(tmp_path)
+    assert stored(tmp_path).keys() == {name for name in stored(make_published("qwen3_5_moe")) if not OTHER.match(name)}
 
 
 @pytest.fixture
