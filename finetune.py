@@ -54,6 +54,7 @@ from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
 from mechanisms.tokenizer import load_tokenizer, set_default_mode
 from mechanisms.trainer import SafeTrainer
+from mechanisms.wrapper import Wrapper, check_text_only, is_wrapped
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -123,6 +124,8 @@ class TrainingArguments(transformers.TrainingArguments):
     save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints (below 1: share of all)."})
     save_total_limit: int | None = field(
         default=None, metadata={"help": "Checkpoints to keep, the newest ones (default: all)."})
+    text_only: bool = field(default=False, metadata={
+        "help": "Of a model with a vision tower, save the text part alone. Else the result is the whole of it again."})
     eval_strategy: transformers.IntervalStrategy | str = field(
         default="no", metadata={"help": "When to evaluate: every --eval_steps, after each epoch, or only at the end."})
     deepspeed: dict | str | None = field(default=None, metadata={
@@ -232,6 +235,9 @@ def parse_arguments(argv):
     if data_args.packing and data_args.lazy_preprocess:
         problems.append("--packing and --lazy_preprocess exclude each other: rows are filled by the samples' lengths, "
                         "which are not known before they are tokenized")
+    if training_args.text_only and training_args.use_lora:
+        problems.append("--text_only has no effect on an adapter, which is of the text part alone: give it to "
+                        "merge_lora.py")
     if training_args.model_max_length < 1:
         problems.append(f"--model_max_length {training_args.model_max_length}: at least 1")
     if not training_args.use_lora:
@@ -409,6 +415,8 @@ def read_model_folder(model_args, training_args, lora_args):
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
     fit_arguments(config, training_args, lora_args)
     check_trainable(model_args.model_name_or_path, config, training_args, lora_args)
+    if training_args.text_only:
+        check_text_only(model_args.model_name_or_path, training_args.cache_dir)
     if note := kernel_note(config, training_args.device):
         say(f"note: {note}")
     return config, load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
@@ -479,6 +487,9 @@ def run(model_args, data_args, training_args, lora_args):
         moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
         say(*[f"note: {line}" for line in moved])
 
+    wrapped = is_wrapped(model_args.model_name_or_path, training_args.cache_dir)
+    whole = wrapped and not (training_args.use_lora or training_args.text_only)
+    wrapper = Wrapper(model_args.model_name_or_path, training_args.cache_dir) if whole else None
     transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
     model = load_model(model_args, training_args, lora_args, config, tokenizer)
     if training_args.use_lora:
@@ -499,13 +510,13 @@ def run(model_args, data_args, training_args, lora_args):
     trainer = SafeTrainer(
         model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
-        card=summary.model_card(arguments, facts.settings(arguments), prompt_note))
+        card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped), wrapper=wrapper)
     if training_args.dry_run:
         return dry_run.prove(trainer, eval_dataset)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = trainer.evaluate_result() if eval_dataset else {}
     trainer.save_result()
-    say(*summary.after_training(trainer, result, evaluated, prompt_note))
+    say(*summary.after_training(trainer, result, evaluated, prompt_note, wrapped))
     return trainer
 
 

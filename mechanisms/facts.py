@@ -22,7 +22,7 @@ MAY_CHANGE = frozenset("""
     logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
     log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name project skip_memory_metrics debug
     trackio_space_id trackio_bucket_id trackio_static_space_id
-    save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
+    save_strategy save_steps save_total_limit save_only_model text_only save_on_each_node enable_jit_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     use_cpu local_rank ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
     ddp_static_graph activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing

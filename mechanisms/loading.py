@@ -52,9 +52,10 @@ def load_weights(path, **options):
 
     Raises UserError for such a folder, and LOADING_ERRORS as that does.
     """
-    config = options.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=False)
-    check_rows(path, config)
-    if is_gptq(config):
+    if "config" not in options:
+        options["config"] = text_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    check_rows(path, options["config"])
+    if is_gptq(options["config"]):
         import_gptqmodel()
     with no_code(path):
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
@@ -63,6 +64,11 @@ def load_weights(path, **options):
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{path} is not a whole model: its files lack {', '.join(missing[:3])}{more}")
+    # A model is saved with the conversions of its loading undone. Under ZeRO-3 transformers keeps also those that the
+    # files had no use for: experts published in one tensor for a layer would be saved one by one. Can go when it keeps
+    # those that were used, as it does without ZeRO-3 (transformers/integrations/deepspeed.py).
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
     # On a CPU with bfloat16 instructions bitsandbytes packs 4-bit weights anew at the first evaluation, for good and
     # for a product that has no gradient: training would go on without. It also fails on layers of fewer than 64 inputs.
     # Can go when it unpacks them for training (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078).
@@ -122,8 +128,8 @@ def load_to_answer(path, base_model=None, dtype="auto", device_map=None):
     has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
     tokenizer = load_tokenizer(folder if has_tokenizer else source)
     if base:
-        config = model_config(source, f"the base model of {path}").get_text_config()
-        check_adapter(path, read_adapter(path), source, config)
+        config = model_config(source, f"the base model of {path}")
+        check_adapter(path, read_adapter(path), source, text_config(config))
     try:
         model = load_weights(source, dtype=dtype, device_map=device_map)
     except LOADING_ERRORS as error:
@@ -182,7 +188,13 @@ def load_config(path, cache_dir=None):
     if not {type(outer), type(config)} <= set(MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{path} is a {outer.model_type} model, which transformers cannot load as a language model "
                         "alone. Use a text model (Qwen3), or one whose language part stands alone (Qwen3.5, Qwen3.6)")
-    if config is not outer:  # what a wrapper says for both
+    return text_config(outer)
+
+
+def text_config(outer):
+    """The config of a model's text part, with what a wrapper says for all of its parts."""
+    config = outer.get_text_config()
+    if config is not outer:
         config.tie_word_embeddings = config.tie_word_embeddings or outer.tie_word_embeddings
         config._commit_hash = getattr(outer, "_commit_hash", None)
         if getattr(outer, "quantization_config", None):

@@ -8,7 +8,7 @@ import shlex
 from mechanisms.console import table
 from mechanisms.gptq import packed_weights
 from mechanisms.paths import source_name
-from mechanisms.serving import adapter_hint
+from mechanisms.serving import IGNORED, adapter_hint
 from mechanisms.strategies import strategy_name
 
 
@@ -68,11 +68,11 @@ def parameter_count(parameter):
     return parameter.numel()
 
 
-def after_training(trainer, result, evaluated, prompt_note):
+def after_training(trainer, result, evaluated, prompt_note, wrapped):
     """The numbers of the finished run and the commands that go on from it, as lines.
 
     result: what `Trainer.train` returned; evaluated: the metrics of the last evaluation, or {}; prompt_note: which
-    prompt the answers were trained after, or "".
+    prompt the answers were trained after, or ""; wrapped: whether the model is the text part of a larger one.
     """
     state, out = trainer.state, trainer.args.output_dir
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -87,26 +87,32 @@ def after_training(trainer, result, evaluated, prompt_note):
     lines = ["", "Done:", table(rows), *([f"  note: {prompt_note}"] if prompt_note else []),
              f"  chat:  python chat.py {shlex.quote(out)}"]
     if trainer.args.use_lora:
-        lines.append(f"  merge: python merge_lora.py --adapter_path {shlex.quote(out)} "
-                     f"--output_dir {shlex.quote(out + '-merged')}")
-        lines += adapter_hint(out, trainer.model.peft_config["default"])
+        lines.append(f"  merge: {merge_command(out)}")
+        lines += [f"  note:  {IGNORED}"] if wrapped else adapter_hint(out, trainer.model.peft_config["default"])
     return lines
 
 
-def model_card(arguments, settings, prompt_note):
+def merge_command(out):
+    return f"python merge_lora.py --adapter_path {shlex.quote(out)} --output_dir {shlex.quote(out + '-merged')}"
+
+
+def model_card(arguments, settings, prompt_note, wrapped):
     """README.md of the result, with the metadata that the Hugging Face Hub reads.
 
     arguments: the (model, data, training, lora) arguments; settings: {flag: value}, see `facts.settings`; prompt_note:
-    which prompt the answers were trained after, or "".
+    which prompt the answers were trained after, or ""; wrapped: whether the model is the text part of a larger one.
     """
     model_args, data_args, training_args, lora_args = arguments
     rows = "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in settings.items())
     data = ", ".join(f"`{os.path.basename(os.path.normpath(path))}`" for path in data_args.data_path)
     base = source_name(model_args.model_name_or_path)
+    whole = wrapped and not (training_args.use_lora or training_args.text_only)
+    serving = (f" {IGNORED[0].upper()}{IGNORED[1:]}: `{merge_command(training_args.output_dir)}`."
+               if wrapped and training_args.use_lora else "")
     return (f"---\nbase_model: {json.dumps(base)}\n"
             f"library_name: {'peft' if training_args.use_lora else 'transformers'}\n"
-            "pipeline_tag: text-generation\n---\n\n"
+            f"pipeline_tag: {'image-text-to-text' if whole else 'text-generation'}\n---\n\n"
             f"{method_name(training_args, lora_args)} fine-tuning of `{base}` on {data}; "
             f"loss on {data_args.loss_on}. Prompts are ChatML, by this folder's chat template."
-            f"{f' {prompt_note[0].upper()}{prompt_note[1:]}.' if prompt_note else ''}\n\n"
+            f"{f' {prompt_note[0].upper()}{prompt_note[1:]}.' if prompt_note else ''}{serving}\n\n"
             f"| setting | value |\n|---|---|\n{rows}\n")

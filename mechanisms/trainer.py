@@ -6,6 +6,7 @@ import glob
 import itertools
 import math
 import os
+import re
 import shutil
 import time
 
@@ -63,11 +64,13 @@ class SafeTrainer(Trainer):
     Args (besides Trainer's):
         run: facts a resumed run must share with its checkpoint (see `mechanisms.checkpoints.check_same_run`).
         card: text of the model card that goes into every checkpoint and the result.
+        wrapper: the `mechanisms.wrapper.Wrapper` that the result gets around it, or None. Checkpoints hold the text
+            part alone, which is what a run resumes from.
     """
 
-    def __init__(self, *args, run, card, **kwargs):
+    def __init__(self, *args, run, card, wrapper=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run, self.card = run, card
+        self.run, self.card, self.wrapper = run, card, wrapper
         self.data_collator = CollateNumbered(self.data_collator)
         self.step_batches = []  # of the step being made: (numbers of the items, loss) of each batch
         self.skipped_steps = 0  # by the loss scaler of fp16
@@ -200,10 +203,11 @@ class SafeTrainer(Trainer):
         """Raises UserError if the result, or one checkpoint beside it, does not fit on the disk by a rough estimate."""
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         saved = trained if self.args.use_lora else self.model.parameters()
-        result = sum(parameter_count(weight) * weight.element_size() for weight in saved)
+        weights = sum(parameter_count(weight) * weight.element_size() for weight in saved)
+        result = weights + (self.wrapper.size if self.wrapper else 0)
         fp32_copies = 3 if self.is_deepspeed_enabled else 2  # Adam's two, and DeepSpeed's own of the weights
         states = 0 if self.args.save_only_model else sum(map(parameter_count, trained)) * 4 * fp32_copies
-        self.checkpoint_size = result + states
+        self.checkpoint_size = weights + states
         kept = self.args.save_strategy != "no"
         failure = self._failure_of_any(lambda: _need(self.args.output_dir, result + kept * self.checkpoint_size))
         if failure:
@@ -386,14 +390,22 @@ class SafeTrainer(Trainer):
                             "checkpoint and saves it again")
 
     def _take_over(self, unfinished):
-        """The files of the saved result get their place in output_dir."""
+        """The files of the saved result get their place in output_dir, and those of an earlier one make room."""
+        if self.wrapper:
+            self.wrapper.complete(unfinished)
         self.state.save_to_json(os.path.join(unfinished, TRAINER_STATE_NAME))
         checkpoints.settle(unfinished)
+        out = self.args.output_dir
         names = sorted(os.listdir(unfinished), key=lambda name: name in ("config.json", "adapter_config.json"))
+        earlier = [name for name in os.listdir(out) if name not in names and
+                   re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
+        for name in ["config.json", *earlier] if earlier else []:  # loaders would take these, in other files, for it
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(out, name))
         for name in names:  # the config last: a folder without one does not pass for a model
-            os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
+            os.replace(os.path.join(unfinished, name), os.path.join(out, name))
         os.rmdir(unfinished)
-        flush(self.args.output_dir)
+        flush(out)
 
 
 def _need(folder, size):
