@@ -42,8 +42,9 @@ from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
+from mechanisms.device import runs_on_cpu
 from mechanisms.errors import Checks, first_line
-from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
+from mechanisms.gptq import TRAINABLE_BACKEND, gptqmodel_hidden, is_gptq
 from mechanisms.linear_attention import keep_within_samples, kernel_note
 from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code, peft_name
 from mechanisms.lock import only_run_in
@@ -156,8 +157,8 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here.", "hidden": True})
 
     def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL
+        # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL.
+        self.use_cpu = self.use_cpu or runs_on_cpu("add --use_cpu")
         self.bf16, self.fp16 = choose_precision(self.bf16, self.fp16, self.use_cpu)
         self.deepspeed = strategies.deepspeed_config(self.deepspeed)
         if self.ddp_find_unused_parameters is None:
@@ -362,11 +363,11 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute)
     elif is_gptq(config):
-        config.quantization_config["backend"] = trainable_backend(training_args.device)
+        config.quantization_config["backend"] = TRAINABLE_BACKEND
     try:
         model = load_weights(
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
-            quantization_config=quantization, attn_implementation=best_attention(training_args.device),
+            quantization_config=quantization, attn_implementation=best_attention(training_args.device, compute),
             dtype=compute if training_args.use_lora or keeps_own_fp32 else torch.float32,
             device_map={"": training_args.device} if lora_args.q_lora else None)
     except (OSError, ValueError, SafetensorError) as error:

@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
-from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq
+from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq, name_backend
 from mechanisms.linear_attention import LINEAR
 from mechanisms.lora_targets import MLP, default_targets, empty_network, experts_of, reach, takes_mlps_for_experts
 from mechanisms.paths import could_be_on_the_hub, find_base
@@ -39,8 +39,12 @@ def load_weights(path, **options):
 
     Raises UserError for such a folder, and LOADING_ERRORS as that does.
     """
-    if is_gptq(options.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=False)):
+    config = options.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if is_gptq(config):
         import_gptqmodel()
+        if torch.cuda.is_available():
+            name_backend(config)
+            options["config"] = config
     with no_code(path):
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
                                                            **options)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from mechanisms import gptq
-from mechanisms.attention import VARLEN, WITHIN_SAMPLES
+from mechanisms.attention import VARLEN, WITHIN_SAMPLES, has_flash_attention
 from mechanisms.head_loss import loss_bytes
 from mechanisms.linear_attention import keep_within_samples
 from mechanisms.lora_targets import empty_network
@@ -189,8 +189,11 @@ def _network(setup, layers=None):
     layers: how many of its layers; None: all.
     """
     config = copy.deepcopy(setup.config)
-    on_gpu = setup.device.type == "cuda" and setup.compute.itemsize == 2
-    config._attn_implementation = VARLEN if on_gpu else WITHIN_SAMPLES  # flash-attn's keeps as much as VARLEN
+    if torch.cuda.is_available():
+        flash = has_flash_attention(setup.device, setup.compute)
+    else:  # an estimate for another machine
+        flash = setup.device.type == "cuda" and setup.compute.itemsize == 2
+    config._attn_implementation = VARLEN if flash else WITHIN_SAMPLES  # flash-attn's keeps as much as VARLEN
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
