@@ -36,7 +36,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mechanisms import checkpoints, console, dry_run, facts, strategies, summary
+from mechanisms import checkpoints, console, dry_run, facts, fitting, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
@@ -46,10 +46,9 @@ from mechanisms.device import runs_on_cpu
 from mechanisms.errors import Checks, first_line
 from mechanisms.gptq import TRAINABLE_BACKEND, gptqmodel_hidden, is_gptq
 from mechanisms.linear_attention import keep_within_samples, kernel_note
-from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code
+from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code, read_adapter
 from mechanisms.lock import only_run_in
-from mechanisms.lora import lora_config
-from mechanisms.memory import checkpointing_needed
+from mechanisms.lora import default_targets, empty_network, lora_config
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
 from mechanisms.tokenizer import load_tokenizer, set_default_mode
@@ -139,6 +138,9 @@ class TrainingArguments(transformers.TrainingArguments):
         "help": "Unset: resume from the newest complete checkpoint in --output_dir, if any. True: there must be one. "
                 "False: start over, in a folder without results. Or the path of a checkpoint.",
         "metavar": "True|False|FOLDER", "exists": "checkpoint"})
+    memory_limit: float = field(default=None, metadata={
+        "help": "GB of memory that a run may take on each GPU, or each process on a CPU (default: what is free there). "
+                "One that does not fit by estimate is refused."})
     verify_checkpoint: Literal["full", "sizes"] = field(default="full", metadata={
         "help": "How a checkpoint is verified before it is resumed: by reading all of it, or, where it is huge, by the "
                 "sizes of its files."})
@@ -309,11 +311,10 @@ def prepare_datasets(data_args, training_args, tokenizer):
     return train, evaluation, reports
 
 
-def longest_row(dataset, training_args):
-    """Tokens of the longest row that `PaddingFreeCollator` can make of a batch."""
-    items = training_args.per_device_train_batch_size
+def longest_row(dataset, model_max_length, items):
+    """Tokens of the longest row that `PaddingFreeCollator` can make of so many items."""
     if dataset.lengths is None:
-        return items * training_args.model_max_length
+        return items * model_max_length
     return int(np.sort(dataset.lengths)[-items:].sum())
 
 
@@ -397,7 +398,23 @@ def read_model_folder(model_args, training_args, lora_args):
     return config, load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
 
 
-def add_adapter(model, tokenizer, model_args, training_args, lora_args):
+def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer, dataset):
+    """-> `fitting.Plan` of this run."""
+    def lora():
+        network = empty_network(config)
+        settings = LoraArguments(lora_target_modules=default_targets(network))
+        return lora_config(model_args.model_name_or_path, network, tokenizer, settings, say=lambda line: None)
+
+    return fitting.Plan(
+        setup=memory_setup(config, adapter, lora_args.q_lora, training_args),
+        checkpointing=None if training_args.auto_checkpointing else training_args.activation_checkpointing,
+        items=training_args.per_device_train_batch_size, accumulation=training_args.gradient_accumulation_steps,
+        longest=functools.partial(longest_row, dataset, training_args.model_max_length),
+        certain=dataset.lengths is not None,
+        limit=training_args.memory_limit and training_args.memory_limit * 1e9, lora=lora)
+
+
+def add_adapter(model, adapter, training_args, lora_args):
     """Wrap the model for LoRA: frozen but for the adapters and, on a base model, the embedding and output layers."""
     from peft import PeftModel, get_peft_model
 
@@ -407,7 +424,6 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
             model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
                                               autocast_adapter_dtype=not keeps_own_fp32)
     else:
-        adapter = lora_config(model_args.model_name_or_path, model, tokenizer, lora_args)
         model = get_peft_model(model, adapter, autocast_adapter_dtype=not keeps_own_fp32)
     dtype = compute_dtype(training_args) if keeps_own_fp32 else torch.float32
     for parameter in model.parameters():
@@ -460,31 +476,36 @@ def run(model_args, data_args, training_args, lora_args):
         moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
         say(*[f"note: {line}" for line in moved])
 
-    transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
-    model = load_model(model_args, training_args, lora_args, config, tokenizer)
-    if training_args.use_lora:
-        with gptqmodel_hidden(not is_gptq(config)):
-            model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
+    adapter = None
+    if lora_args.lora_weight_path:
+        adapter = read_adapter(lora_args.lora_weight_path)
+    elif training_args.use_lora:
+        adapter = lora_config(model_args.model_name_or_path, empty_network(config), tokenizer, lora_args)
+    plan = plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer, train_dataset)
+    checkpointing, why = fitting.decide(plan)
+    training_args.activation_checkpointing = training_args.gradient_checkpointing = checkpointing
     if training_args.auto_checkpointing:
-        adapter = model.peft_config["default"] if training_args.use_lora else None
-        setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
-        needed, why = checkpointing_needed(setup, longest_row(train_dataset, training_args))
-        training_args.activation_checkpointing = training_args.gradient_checkpointing = needed
         say(f"note: {why}")
-    if training_args.activation_checkpointing and training_args.use_lora:
-        model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
-    say(*summary.before_training(model, training_args, lora_args, train_dataset))
+    with fitting.running_out_is_told(plan, checkpointing, training_args.output_dir):
+        transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
+        model = load_model(model_args, training_args, lora_args, config, tokenizer)
+        if training_args.use_lora:
+            with gptqmodel_hidden(not is_gptq(config)):
+                model = add_adapter(model, adapter, training_args, lora_args)
+        if checkpointing and training_args.use_lora:
+            model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
+        say(*summary.before_training(model, training_args, lora_args, train_dataset))
 
-    if training_args.dry_run:
-        train_dataset, eval_dataset = dry_run.shorten(training_args, train_dataset, eval_dataset)
-    trainer = SafeTrainer(
-        model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
-        card=summary.model_card(arguments, facts.settings(arguments), prompt_note))
-    if training_args.dry_run:
-        return dry_run.prove(trainer, eval_dataset)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    evaluated = trainer.evaluate_result() if eval_dataset else {}
+        if training_args.dry_run:
+            train_dataset, eval_dataset = dry_run.shorten(training_args, train_dataset, eval_dataset)
+        trainer = SafeTrainer(
+            model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
+            card=summary.model_card(arguments, facts.settings(arguments), prompt_note))
+        if training_args.dry_run:
+            return dry_run.prove(trainer, eval_dataset)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        evaluated = trainer.evaluate_result() if eval_dataset else {}
     trainer.save_result()
     say(*summary.after_training(trainer, result, evaluated, prompt_note))
     return trainer

@@ -93,7 +93,8 @@ def memory_setup(config, adapter, nf4, training_args):
         ranks=training_args.world_size, stage=zero.get("stage", 0) if deepspeed else None,
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
-        device=training_args.device, optim=optim, optim_args=training_args.optim_args)
+        device=training_args.device, optim=optim, optim_args=training_args.optim_args,
+        accumulates=training_args.gradient_accumulation_steps > 1)
 
 
 def resume_facts(training_args):

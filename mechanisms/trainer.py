@@ -89,6 +89,12 @@ class SafeTrainer(Trainer):
         self.add_callback(SaveOnRequest)
         self.add_callback(ProgressLines if self.args.disable_tqdm else ProgressBar)
 
+    def _build_accelerator_args(self, **kwargs):
+        arguments = super()._build_accelerator_args(**kwargs)
+        [ddp] = arguments["kwargs_handlers"]
+        ddp.gradient_as_bucket_view = True  # else DDP holds all gradients twice
+        return arguments
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             num_items_in_batch = None  # in evaluation too Trainer counts those of all ranks; the mean is of this row
