@@ -1,5 +1,7 @@
 """How much memory training takes, from a config alone: against sums done by hand, and real optimizers."""
 
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
@@ -131,8 +133,9 @@ def test_a_row_that_may_never_come_refuses_no_run():
         fitting.decide(plan(held * 0.99, certain=False, **lora))
 
 
-def test_what_fits_is_named_in_the_order_of_its_cost():
-    """For a GPU, by its numbers alone."""
+def test_what_fits_is_named_in_the_order_of_its_cost(monkeypatch):
+    """For a GPU, by its numbers alone, and 20 GB of RAM."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20e9))
     gpu = torch.device("cuda")
 
     def fits(**settings):
