@@ -36,7 +36,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mechanisms import checkpoints, console, dry_run, facts, fitting, strategies, summary
+from mechanisms import checkpoints, console, dry_run, facts, fitting, frugal, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
@@ -124,6 +124,9 @@ class TrainingArguments(transformers.TrainingArguments):
     deepspeed: dict | str | None = field(default=None, metadata={
         "help": "Config for DeepSpeed: a file, or one of the ds_config_*.json beside finetune.py. none: no DeepSpeed.",
         "metavar": "FILE", "exists": "deepspeed"})
+    trained_weights: Literal["auto", "fp32", "bf16"] = field(default="auto", metadata={
+        "help": "How full fine-tuning holds weights: in fp32 (16 bytes each with gradient and optimizer), or in bf16 "
+                "with stochastic rounding and 8-bit moments (6 bytes). auto: in bf16 where fp32 does not fit."})
     activation_checkpointing: Literal["True", "False", "auto"] = field(default="auto", metadata={
         "help": "Compute activations twice instead of keeping them, which takes a third more time. auto: only where "
                 "they would not fit into the memory.",
@@ -229,6 +232,8 @@ def parse_arguments(argv):
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
     problems += strategies.impossible(training_args, lora_args)
+    if training_args.trained_weights == "bf16":
+        problems += frugal.problems(training_args)
     if problems:
         raise UserError("\n       ".join(problems))
     return model_args, data_args, training_args, lora_args
@@ -355,10 +360,11 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
     """The model with its frozen weights in the compute precision and all weights that will be trained in fp32.
 
     bf16 weights would lose small updates: at a learning rate of 1e-5 most of them round to nothing. DeepSpeed keeps
-    its own fp32 copy, so under it everything is loaded in the compute precision.
+    its own fp32 copy, so under it everything is loaded in the compute precision; --trained_weights bf16 rounds at
+    random (mechanisms/frugal.py).
     """
     compute = compute_dtype(training_args)
-    keeps_own_fp32 = training_args.deepspeed is not None
+    in_compute_dtype = training_args.use_lora or training_args.deepspeed or training_args.trained_weights == "bf16"
     quantization = None
     if lora_args.q_lora and not getattr(config, "quantization_config", None):  # a quantized model brings its own
         quantization = transformers.BitsAndBytesConfig(
@@ -370,12 +376,14 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
         model = load_weights(
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
             quantization_config=quantization, attn_implementation=best_attention(training_args.device, compute),
-            dtype=compute if training_args.use_lora or keeps_own_fp32 else torch.float32,
+            dtype=compute if in_compute_dtype else torch.float32,
             device_map={"": training_args.device} if lora_args.q_lora else None)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the weights in {model_args.model_name_or_path} cannot be loaded: "
                         f"{first_line(error)}") from error
     keep_within_samples(model)
+    if training_args.trained_weights == "bf16":
+        frugal.hold(model)
     model.config.use_cache = False
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config.eos_token_id = [end for end in ends if end is not None]
@@ -405,8 +413,11 @@ def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer
         settings = LoraArguments(lora_target_modules=default_targets(network))
         return lora_config(model_args.model_name_or_path, network, tokenizer, settings, say=lambda line: None)
 
+    setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
+    may_be_frugal = training_args.trained_weights == "auto" and not frugal.problems(training_args)
     return fitting.Plan(
-        setup=memory_setup(config, adapter, lora_args.q_lora, training_args),
+        setup=frugal.setup(setup) if training_args.trained_weights == "bf16" else setup,
+        frugal=frugal.setup(setup) if may_be_frugal else None,
         checkpointing=None if training_args.auto_checkpointing else training_args.activation_checkpointing,
         items=training_args.per_device_train_batch_size, accumulation=training_args.gradient_accumulation_steps,
         longest=functools.partial(longest_row, dataset, training_args.model_max_length),
@@ -468,6 +479,17 @@ def run(model_args, data_args, training_args, lora_args):
     prompt_note = set_default_mode(tokenizer, reports["train"].modes)
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
+    adapter = None
+    if lora_args.lora_weight_path:
+        adapter = read_adapter(lora_args.lora_weight_path)
+    elif training_args.use_lora:
+        adapter = lora_config(model_args.model_name_or_path, empty_network(config), tokenizer, lora_args)
+    if checkpoint and training_args.trained_weights == "auto":
+        training_args.trained_weights = checkpoints.read_manifest(checkpoint, "sizes").get("trained weights", "fp32")
+    plan, why = fitting.decide(plan_memory(
+        model_args, training_args, lora_args, config, adapter, tokenizer, train_dataset))
+    training_args.activation_checkpointing = training_args.gradient_checkpointing = plan.checkpointing
+    training_args.trained_weights = "bf16" if plan.setup.frugal else "fp32"
     run_facts = facts.run_facts(arguments, train_dataset, config, tokenizer)
     if checkpoint:
         notes = checkpoints.check_same_run(checkpoint, run_facts, facts.default_values(arguments))
@@ -476,23 +498,15 @@ def run(model_args, data_args, training_args, lora_args):
         moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
         say(*[f"note: {line}" for line in moved])
 
-    adapter = None
-    if lora_args.lora_weight_path:
-        adapter = read_adapter(lora_args.lora_weight_path)
-    elif training_args.use_lora:
-        adapter = lora_config(model_args.model_name_or_path, empty_network(config), tokenizer, lora_args)
-    plan = plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer, train_dataset)
-    checkpointing, why = fitting.decide(plan)
-    training_args.activation_checkpointing = training_args.gradient_checkpointing = checkpointing
-    if training_args.auto_checkpointing:
+    if training_args.auto_checkpointing or plan.setup.frugal:
         say(f"note: {why}")
-    with fitting.running_out_is_told(plan, checkpointing, training_args.output_dir):
+    with fitting.running_out_is_told(plan, training_args.output_dir):
         transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
         model = load_model(model_args, training_args, lora_args, config, tokenizer)
         if training_args.use_lora:
             with gptqmodel_hidden(not is_gptq(config)):
                 model = add_adapter(model, adapter, training_args, lora_args)
-        if checkpointing and training_args.use_lora:
+        if plan.checkpointing and training_args.use_lora:
             model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
         say(*summary.before_training(model, training_args, lora_args, train_dataset))
 
@@ -501,6 +515,7 @@ def run(model_args, data_args, training_args, lora_args):
         trainer = SafeTrainer(
             model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
+            optimizer_cls_and_kwargs=frugal.optimizer(training_args) if plan.setup.frugal else None,
             card=summary.model_card(arguments, facts.settings(arguments), prompt_note))
         if training_args.dry_run:
             return dry_run.prove(trainer, eval_dataset)

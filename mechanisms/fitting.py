@@ -30,6 +30,7 @@ class Plan(NamedTuple):
         certain: whether so long a batch will come; without lengths (--lazy_preprocess) it only may.
         limit: --memory_limit, in bytes; None: what is free.
         lora: gives peft's LoraConfig of --use_lora without other flags, for a run that trains all weights.
+        frugal: `setup` with weights in bf16 (mechanisms/frugal.py), to be taken where the other does not fit; or None.
     """
     setup: Setup
     checkpointing: bool | None
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     certain: bool
     limit: float | None
     lora: Callable
+    frugal: Setup | None = None
 
     @property
     def available(self):
@@ -73,9 +75,9 @@ def _gb(size):
 
 
 def decide(plan):
-    """Decide --gradient_checkpointing auto, for all ranks alike: -> (bool, a line that says why).
+    """Decide --gradient_checkpointing auto and --trained_weights auto, for all ranks alike.
 
-    Raises UserError if the run does not fit either way, on all ranks.
+    -> (the Plan with both decided, a line that says why). Raises UserError, on all ranks, if the run does not fit.
     """
     need, available = Need.of(plan), plan.available
     totals = [need.total(checkpointing) for checkpointing in (False, True)]
@@ -86,13 +88,17 @@ def decide(plan):
         torch.distributed.all_reduce(shares, torch.distributed.ReduceOp.MAX)
     whole, smallest = shares.tolist()
     checkpointing = plan.checkpointing if plan.checkpointing is not None else whole > 1 - memory.RESERVE
-    if smallest > 1 and (plan.certain or least > available):
+    if smallest > 1 and plan.frugal:
+        decided, line = decide(plan._replace(setup=plan.frugal, frugal=None))
+        return decided, (f"trained weights are held in bf16, with stochastic rounding and 8-bit moments: in fp32 the "
+                         f"run needs about {_gb(totals[1])} GB; {line}")
+    if smallest > 1:
         raise UserError(f"this run does not fit into the memory: it needs about {_gb(totals[checkpointing])} GB "
                         f"on each {_rank(plan)}{' with gradient checkpointing' if checkpointing else ''} "
                         f"({need.parts(checkpointing)}), and {_gb(available)} GB can be had"
                         + (" (--memory_limit)" if plan.limit else "") + what_fits(plan, checkpointing)
                         + f"{BREAK}--memory_limit GB says how much can be had, if that is more")
-    return checkpointing, "; ".join([
+    return plan._replace(checkpointing=checkpointing), "; ".join([
         f"gradient checkpointing is {'on' if checkpointing else 'off'}: a row of {plan.longest(plan.items):,} tokens "
         f"needs about {_gb(totals[0])} GB without it, {_gb(totals[1])} GB with it, of {_gb(available)} GB",
         *need.state.notes])
@@ -157,7 +163,7 @@ def _other_ways(plan):
 
 
 @contextlib.contextmanager
-def running_out_is_told(plan, checkpointing, output_dir):
+def running_out_is_told(plan, output_dir):
     """While weights are loaded and trained: running out of memory is a UserError that says what takes less."""
     try:
         yield
@@ -166,6 +172,6 @@ def running_out_is_told(plan, checkpointing, output_dir):
             raise
         saved = next(filter(checkpoints.is_whole, checkpoints_in(output_dir)), None)
         raise UserError(
-            f"out of memory: {first_line(error)}" + what_fits(plan, checkpointing)
+            f"out of memory: {first_line(error)}" + what_fits(plan, plan.checkpointing)
             + (f"{BREAK}{saved} is complete: the same command goes on from it, with the first two of these flags too, "
                "where they are named" if saved else "")) from error

@@ -39,6 +39,7 @@ class Setup(NamedTuple):
         device: torch.device that trains.
         optim, optim_args: the values of these flags.
         accumulates: whether a step has several batches.
+        frugal: whether all weights are trained in bf16, without DeepSpeed (mechanisms/frugal.py).
     """
     config: PretrainedConfig
     adapter: object = None
@@ -53,6 +54,7 @@ class Setup(NamedTuple):
     optim: str = "adamw_torch_fused"
     optim_args: str | None = None
     accumulates: bool = False
+    frugal: bool = False
 
 
 class State(NamedTuple):

@@ -101,7 +101,8 @@ def resume_facts(training_args):
     """What of the strategy a checkpoint is bound to: DeepSpeed's hold one part per rank, the others are whole."""
     deepspeed = _deepspeed(training_args)
     if not deepspeed:
-        return {"sharding": "FSDP" if training_args.fsdp else "none"}
+        held = {"trained weights": "bf16"} if training_args.trained_weights == "bf16" else {}
+        return {"sharding": "FSDP" if training_args.fsdp else "none", **held}
     universal = deepspeed.config.get("checkpoint", {}).get("load_universal")
     return {"sharding": strategy_name(training_args), "ranks": ANY if universal else training_args.world_size}
 

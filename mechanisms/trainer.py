@@ -211,7 +211,8 @@ class SafeTrainer(Trainer):
     def _check_weights(self):
         """Raises NotFinite, on all ranks, if a trained weight or a number of the optimizer is not finite on any."""
         weights = [getattr(weight, "ds_tensor", weight) for weight in self.model.parameters() if weight.requires_grad]
-        numbers = [value for state in self.optimizer.state.values() for value in state.values()]
+        numbers = [getattr(value, "scale", value)  # of 8-bit moments
+                   for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*weights, *filter(torch.is_tensor, numbers)]
         lost = torch.tensor(not all_finite(tensors), dtype=torch.int32, device=self.args.device)
         if self.accelerator.reduce(lost).item():

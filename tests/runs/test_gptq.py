@@ -172,7 +172,7 @@ def test_memory_is_counted_with_packed_weights_which_autograd_keeps_unpacked(tra
 
     def decide(plan):
         setups.append(plan.setup)
-        return False, "for this test"
+        return plan._replace(checkpointing=False), "for this test"
 
     monkeypatch.setattr(fitting, "decide", decide)
     flags = ["--q_lora", "--max_steps", 1, "--save_strategy", "no", *precision]

@@ -25,7 +25,7 @@ def train_one_step(make_model, cache_dir, tmp_path, monkeypatch):
 
         def decide(plan):
             setups.append(plan.setup)
-            return checkpointing, "for this test"
+            return plan._replace(checkpointing=checkpointing), "for this test"
 
         monkeypatch.setattr(fitting, "decide", decide)
         model = make_model(hidden_size=256, num_layers=4, base="base" in method)

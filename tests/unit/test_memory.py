@@ -9,7 +9,7 @@ from bitsandbytes.optim import GlobalOptimManager
 from peft import LoraConfig
 from transformers import Qwen2Config, Qwen3Config, Trainer, TrainingArguments
 
-from mechanisms import fitting, memory
+from mechanisms import fitting, frugal, memory
 from mechanisms.errors import UserError
 from mechanisms.memory import Setup
 
@@ -115,10 +115,10 @@ def test_checkpointing_by_what_fits():
     assert without > 1.5 * with_it
     for limit, checkpointing in ((without / 0.84, False), (without / 0.86, True), (with_it * 1.01, True)):
         decided, line = fitting.decide(plan(limit, **lora))
-        assert decided == checkpointing
+        assert decided.checkpointing == checkpointing
         assert f"checkpointing is {'on' if checkpointing else 'off'}: a row of 4,096 tokens needs about" in line
     for asked, limit in ((True, with_it), (False, without)):
-        assert fitting.decide(plan(limit * 1.01, asked, **lora))[0] == asked
+        assert fitting.decide(plan(limit * 1.01, asked, **lora))[0].checkpointing == asked
         with pytest.raises(UserError, match="does not fit"):
             fitting.decide(plan(limit * 0.99, asked, **lora))
     with pytest.raises(UserError, match="does not fit"):
@@ -128,7 +128,7 @@ def test_checkpointing_by_what_fits():
 def test_a_row_that_may_never_come_refuses_no_run():
     lora = {"adapter": LORA, "device": CPU}
     held = sum(memory.training_state(Setup(QWEN_7B, LORA))[:3]) / 1e9
-    assert fitting.decide(plan(held * 1.01, certain=False, **lora))[0]
+    assert fitting.decide(plan(held * 1.01, certain=False, **lora))[0].checkpointing
     with pytest.raises(UserError, match="does not fit"):
         fitting.decide(plan(held * 0.99, certain=False, **lora))
 
@@ -151,3 +151,16 @@ def test_what_fits_is_named_in_the_order_of_its_cost(monkeypatch):
     assert [way.partition(":")[0] for way in fits(limit=12, adapter=LORA, items=1)[1:]] == [
         "--deepspeed ds_config_zero3_offload.json", "on 4 GPUs, --deepspeed ds_config_zero3.json"]
     assert "Nothing that this program has makes it fit" in fits(limit=0.1, adapter=LORA)[0]
+
+
+def test_weights_are_held_in_bf16_where_fp32_does_not_fit():
+    full = plan(device=CPU)._replace(frugal=frugal.setup(Setup(QWEN_7B, device=CPU)))
+    least = [fitting.Need.of(full._replace(setup=setup)).total(True) / 1e9 for setup in (full.setup, full.frugal)]
+    assert least[1] < 0.6 * least[0]
+    for limit, in_bf16 in ((least[0] * 1.01, False), (least[0] * 0.99, True), (least[1] * 1.01, True)):
+        decided, line = fitting.decide(full._replace(limit=limit * 1e9))
+        assert decided.setup.frugal == in_bf16 and ("held in bf16" in line) == in_bf16
+    with pytest.raises(UserError, match="does not fit"):
+        fitting.decide(full._replace(limit=least[1] * 0.99e9))
+    state = memory.training_state(full.frugal)
+    assert sum(state[:3]) == pytest.approx((2 + 2 + 2 * (1 + 4 / 256)) * WEIGHTS)
