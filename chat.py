@@ -83,6 +83,7 @@ from transformers.utils import logging
 from mechanisms.data.records import Notices
 from mechanisms.data.shapes import BadRecord
 from mechanisms.data.template import CLOSE, OPEN, ChatTemplate
+from mechanisms.device import runs_on_cpu
 from mechanisms.loading import load_to_answer
 
 MAX_NEW_TOKENS = 2048  # where neither a flag nor the generation config sets a limit
@@ -245,7 +246,7 @@ def main(argv):
             raise UserError("an empty message: nothing to answer")
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
-        gpu = torch.accelerator.is_available()
+        gpu = not runs_on_cpu("set CUDA_VISIBLE_DEVICES= ")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
             model, tokenizer = load_to_answer(path, args.base_model, args.dtype or ("auto" if gpu else "float32"),
                                     "auto" if gpu else None)

@@ -36,20 +36,35 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mechanisms import checkpoints, console, dry_run, facts, strategies, summary
+from mechanisms import checkpoints, console, dry_run, facts, fitting, frugal, strategies, summary
 from mechanisms.attention import best_attention
 from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
 from mechanisms.data.template import KEEP
+from mechanisms.device import runs_on_cpu
 from mechanisms.errors import Checks, first_line
-from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
+from mechanisms.gptq import TRAINABLE_BACKEND, gptqmodel_hidden, is_gptq
 from mechanisms.linear_attention import keep_within_samples, kernel_note
-from mechanisms.loading import check_tokens, check_trainable, fit_arguments, load_config, load_weights, no_code
+from mechanisms.loading import (
+    check_tokens,
+    check_trainable,
+    fit_arguments,
+    load_config,
+    load_weights,
+    no_code,
+    read_adapter,
+)
 from mechanisms.lock import only_run_in
-from mechanisms.lora import impossible_start, is_part_of_weights, lora_config, start_from_weights
-from mechanisms.memory import checkpointing_needed
+from mechanisms.lora import (
+    default_targets,
+    empty_network,
+    impossible_start,
+    is_part_of_weights,
+    lora_config,
+    start_from_weights,
+)
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
 from mechanisms.tokenizer import load_tokenizer, set_default_mode
@@ -131,6 +146,9 @@ class TrainingArguments(transformers.TrainingArguments):
     deepspeed: dict | str | None = field(default=None, metadata={
         "help": "Config for DeepSpeed: a file, or one of the ds_config_*.json beside finetune.py. none: no DeepSpeed.",
         "metavar": "FILE", "exists": "deepspeed"})
+    trained_weights: Literal["auto", "fp32", "bf16"] = field(default="auto", metadata={
+        "help": "How full fine-tuning holds weights: in fp32 (16 bytes each with gradient and optimizer), or in bf16 "
+                "with stochastic rounding and 8-bit moments (6 bytes). auto: in bf16 where fp32 does not fit."})
     activation_checkpointing: Literal["True", "False", "auto"] = field(default="auto", metadata={
         "help": "Compute activations twice instead of keeping them, which takes a third more time. auto: only where "
                 "they would not fit into the memory.",
@@ -145,6 +163,9 @@ class TrainingArguments(transformers.TrainingArguments):
         "help": "Unset: resume from the newest complete checkpoint in --output_dir, if any. True: there must be one. "
                 "False: start over, in a folder without results. Or the path of a checkpoint.",
         "metavar": "True|False|FOLDER", "exists": "checkpoint"})
+    memory_limit: float = field(default=None, metadata={
+        "help": "GB of memory that a run may take on each GPU, or each process on a CPU (default: what is free there). "
+                "One that does not fit by estimate is refused."})
     verify_checkpoint: Literal["full", "sizes"] = field(default="full", metadata={
         "help": "How a checkpoint is verified before it is resumed: by reading all of it, or, where it is huge, by the "
                 "sizes of its files."})
@@ -164,8 +185,8 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here.", "hidden": True})
 
     def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL
+        # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL.
+        self.use_cpu = self.use_cpu or runs_on_cpu("add --use_cpu")
         self.bf16, self.fp16 = choose_precision(self.bf16, self.fp16, self.use_cpu)
         self.deepspeed = strategies.deepspeed_config(self.deepspeed)
         if self.ddp_find_unused_parameters is None:
@@ -246,6 +267,8 @@ def parse_arguments(argv):
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
     problems += strategies.impossible(training_args, lora_args) + impossible_start(training_args, lora_args)
+    if training_args.trained_weights == "bf16":
+        problems += frugal.problems(training_args)
     if problems:
         raise UserError("\n       ".join(problems))
     return model_args, data_args, training_args, lora_args
@@ -332,11 +355,10 @@ def prepare_datasets(data_args, training_args, tokenizer):
     return train, evaluation, reports
 
 
-def longest_row(dataset, training_args):
-    """Tokens of the longest row that `PaddingFreeCollator` can make of a batch."""
-    items = training_args.per_device_train_batch_size
+def longest_row(dataset, model_max_length, items):
+    """Tokens of the longest row that `PaddingFreeCollator` can make of so many items."""
     if dataset.lengths is None:
-        return items * training_args.model_max_length
+        return items * model_max_length
     return int(np.sort(dataset.lengths)[-items:].sum())
 
 
@@ -377,27 +399,30 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
     """The model with its frozen weights in the compute precision and all weights that will be trained in fp32.
 
     bf16 weights would lose small updates: at a learning rate of 1e-5 most of them round to nothing. DeepSpeed keeps
-    its own fp32 copy, so under it everything is loaded in the compute precision.
+    its own fp32 copy, so under it everything is loaded in the compute precision; --trained_weights bf16 rounds at
+    random (mechanisms/frugal.py).
     """
     compute = compute_dtype(training_args)
-    keeps_own_fp32 = training_args.deepspeed is not None
+    in_compute_dtype = training_args.use_lora or training_args.deepspeed or training_args.trained_weights == "bf16"
     quantization = None
     if lora_args.q_lora and not getattr(config, "quantization_config", None):  # a quantized model brings its own
         quantization = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute)
     elif is_gptq(config):
-        config.quantization_config["backend"] = trainable_backend(training_args.device)
+        config.quantization_config["backend"] = TRAINABLE_BACKEND
     try:
         model = load_weights(
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
-            quantization_config=quantization, attn_implementation=best_attention(training_args.device),
-            dtype=compute if training_args.use_lora or keeps_own_fp32 else torch.float32,
+            quantization_config=quantization, attn_implementation=best_attention(training_args.device, compute),
+            dtype=compute if in_compute_dtype else torch.float32,
             device_map={"": training_args.device} if lora_args.q_lora else None)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the weights in {model_args.model_name_or_path} cannot be loaded: "
                         f"{first_line(error)}") from error
     keep_within_samples(model)
+    if training_args.trained_weights == "bf16":
+        frugal.hold(model)
     model.config.use_cache = False
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config.eos_token_id = [end for end in ends if end is not None]
@@ -422,7 +447,26 @@ def read_model_folder(model_args, training_args, lora_args):
     return config, load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
 
 
-def add_adapter(model, tokenizer, model_args, training_args, lora_args):
+def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer, dataset):
+    """-> `fitting.Plan` of this run."""
+    def lora():
+        network = empty_network(config)
+        settings = LoraArguments(lora_target_modules=default_targets(network))
+        return lora_config(model_args.model_name_or_path, network, tokenizer, settings, say=lambda line: None)
+
+    setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
+    may_be_frugal = training_args.trained_weights == "auto" and not frugal.problems(training_args)
+    return fitting.Plan(
+        setup=frugal.setup(setup) if training_args.trained_weights == "bf16" else setup,
+        frugal=frugal.setup(setup) if may_be_frugal else None,
+        checkpointing=None if training_args.auto_checkpointing else training_args.activation_checkpointing,
+        items=training_args.per_device_train_batch_size, accumulation=training_args.gradient_accumulation_steps,
+        longest=functools.partial(longest_row, dataset, training_args.model_max_length),
+        certain=dataset.lengths is not None,
+        limit=training_args.memory_limit and training_args.memory_limit * 1e9, lora=lora)
+
+
+def add_adapter(model, adapter, training_args, lora_args):
     """Wrap the model for LoRA: frozen but for the adapters and, on a base model, the embedding and output layers."""
     from peft import PeftModel, get_peft_model
 
@@ -432,7 +476,6 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
             model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
                                               autocast_adapter_dtype=not keeps_own_fp32)
     else:
-        adapter = lora_config(model_args.model_name_or_path, model, tokenizer, lora_args)
         model = get_peft_model(model, adapter, autocast_adapter_dtype=not keeps_own_fp32)
         if is_part_of_weights(lora_args.init_lora_weights):
             start_from_weights(model, lora_args.init_lora_weights)
@@ -479,6 +522,17 @@ def run(model_args, data_args, training_args, lora_args):
     prompt_note = set_default_mode(tokenizer, reports["train"].modes)
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
+    adapter = None
+    if lora_args.lora_weight_path:
+        adapter = read_adapter(lora_args.lora_weight_path)
+    elif training_args.use_lora:
+        adapter = lora_config(model_args.model_name_or_path, empty_network(config), tokenizer, lora_args)
+    if checkpoint and training_args.trained_weights == "auto":
+        training_args.trained_weights = checkpoints.read_manifest(checkpoint, "sizes").get("trained weights", "fp32")
+    plan, why = fitting.decide(plan_memory(
+        model_args, training_args, lora_args, config, adapter, tokenizer, train_dataset))
+    training_args.activation_checkpointing = training_args.gradient_checkpointing = plan.checkpointing
+    training_args.trained_weights = "bf16" if plan.setup.frugal else "fp32"
     run_facts = facts.run_facts(arguments, train_dataset, config, tokenizer)
     if checkpoint:
         notes = checkpoints.check_same_run(checkpoint, run_facts, facts.default_values(arguments))
@@ -487,34 +541,32 @@ def run(model_args, data_args, training_args, lora_args):
         moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
         say(*[f"note: {line}" for line in moved])
 
+    if training_args.auto_checkpointing or plan.setup.frugal:
+        say(f"note: {why}")
     wrapped = is_wrapped(model_args.model_name_or_path, training_args.cache_dir)
     whole = wrapped and not (training_args.use_lora or training_args.text_only)
-    wrapper = Wrapper(model_args.model_name_or_path, training_args.cache_dir) if whole else None
-    transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
-    model = load_model(model_args, training_args, lora_args, config, tokenizer)
-    if training_args.use_lora:
-        with gptqmodel_hidden(not is_gptq(config)):
-            model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
-    if training_args.auto_checkpointing:
-        adapter = model.peft_config["default"] if training_args.use_lora else None
-        setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
-        needed, why = checkpointing_needed(setup, longest_row(train_dataset, training_args))
-        training_args.activation_checkpointing = training_args.gradient_checkpointing = needed
-        say(f"note: {why}")
-    if training_args.activation_checkpointing and training_args.use_lora:
-        model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
-    say(*summary.before_training(model, training_args, lora_args, train_dataset))
+    with fitting.running_out_is_told(plan, training_args.output_dir):
+        transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
+        model = load_model(model_args, training_args, lora_args, config, tokenizer)
+        if training_args.use_lora:
+            with gptqmodel_hidden(not is_gptq(config)):
+                model = add_adapter(model, adapter, training_args, lora_args)
+        if plan.checkpointing and training_args.use_lora:
+            model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
+        say(*summary.before_training(model, training_args, lora_args, train_dataset))
 
-    if training_args.dry_run:
-        train_dataset, eval_dataset = dry_run.shorten(training_args, train_dataset, eval_dataset)
-    trainer = SafeTrainer(
-        model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
-        card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped), wrapper=wrapper)
-    if training_args.dry_run:
-        return dry_run.prove(trainer, eval_dataset)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    evaluated = trainer.evaluate_result() if eval_dataset else {}
+        if training_args.dry_run:
+            train_dataset, eval_dataset = dry_run.shorten(training_args, train_dataset, eval_dataset)
+        trainer = SafeTrainer(
+            model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
+            optimizer_cls_and_kwargs=frugal.optimizer(training_args) if plan.setup.frugal else None,
+            card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped),
+            wrapper=Wrapper(model_args.model_name_or_path, training_args.cache_dir) if whole else None)
+        if training_args.dry_run:
+            return dry_run.prove(trainer, eval_dataset)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        evaluated = trainer.evaluate_result() if eval_dataset else {}
     trainer.save_result()
     say(*summary.after_training(trainer, result, evaluated, prompt_note, wrapped))
     return trainer

@@ -85,6 +85,7 @@ from mechanisms.data.datasets import read_files, to_conversations
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Notices, Problems, find_files
 from mechanisms.data.shapes import BadRecord
+from mechanisms.device import runs_on_cpu
 from mechanisms.errors import first_line
 from mechanisms.gptq import GROUP_SIZES, quantize
 from mechanisms.linear_attention import LINEAR
@@ -254,6 +255,7 @@ def model_card(args, samples, before, after):
 def run(argv):
     """The whole run. Raises UserError for what the user can put right, BrokenModel if the result is of no use."""
     args = parse_arguments(argv)
+    runs_on_cpu("set CUDA_VISIBLE_DEVICES= ")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     args.model_name_or_path = convert_if_qwen1(args.model_name_or_path)

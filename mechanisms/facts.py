@@ -29,7 +29,7 @@ MAY_CHANGE = frozenset("""
     gradient_checkpointing_kwargs torch_empty_cache_steps
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context dataloader_in_order
-    loss_spike_factor verify_checkpoint trust_checkpoint dry_run
+    loss_spike_factor trained_weights memory_limit verify_checkpoint trust_checkpoint dry_run
 """.split())
 # What these name counts, and not the name: a folder may have moved.
 BY_CONTENT = frozenset({"model_name_or_path", "data_path", "lora_weight_path", "deepspeed"})

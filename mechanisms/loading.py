@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from mechanisms.console import say
 from mechanisms.data.template import free_tokens
 from mechanisms.errors import UserError, first_line
-from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq
+from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq, name_backend
 from mechanisms.linear_attention import LINEAR
 from mechanisms.lora import (
     MLP,
@@ -54,9 +54,12 @@ def load_weights(path, **options):
     """
     if "config" not in options:
         options["config"] = text_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
-    check_rows(path, options["config"])
-    if is_gptq(options["config"]):
+    config = options["config"]
+    check_rows(path, config)
+    if is_gptq(config):
         import_gptqmodel()
+        if torch.cuda.is_available():
+            name_backend(config)
     with no_code(path):
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
                                                            **options)
@@ -188,7 +191,9 @@ def load_config(path, cache_dir=None):
     if not {type(outer), type(config)} <= set(MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{path} is a {outer.model_type} model, which transformers cannot load as a language model "
                         "alone. Use a text model (Qwen3), or one whose language part stands alone (Qwen3.5, Qwen3.6)")
-    return text_config(outer)
+    config = text_config(outer)
+    check_rows(path, config)
+    return config
 
 
 def text_config(outer):
@@ -199,7 +204,6 @@ def text_config(outer):
         config._commit_hash = getattr(outer, "_commit_hash", None)
         if getattr(outer, "quantization_config", None):
             config.quantization_config = outer.quantization_config
-    check_rows(path, config)
     return config
 
 

@@ -106,10 +106,13 @@ def reach(network, targets):
                   for word, reached in (("reached", True), ("not reached", False))])
 
 
-def lora_config(path, model, tokenizer, lora_args):
+def lora_config(path, model, tokenizer, lora_args, say=say):
     """peft's LoraConfig of a new adapter, by the flags: on linear layers, and on a base model on its embeddings too.
 
-    path: where the model was loaded from; it tells a base model.
+    Args:
+        path: where the model is loaded from; it tells a base model.
+        model: it, or its empty network.
+        say: called with a line on what was decided.
     """
     from peft import LoraConfig
 

@@ -93,14 +93,16 @@ def memory_setup(config, adapter, nf4, training_args):
         ranks=training_args.world_size, stage=zero.get("stage", 0) if deepspeed else None,
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
-        device=training_args.device, optim=optim, optim_args=training_args.optim_args)
+        device=training_args.device, optim=optim, optim_args=training_args.optim_args,
+        accumulates=training_args.gradient_accumulation_steps > 1)
 
 
 def resume_facts(training_args):
     """What of the strategy a checkpoint is bound to: DeepSpeed's hold one part per rank, the others are whole."""
     deepspeed = _deepspeed(training_args)
     if not deepspeed:
-        return {"sharding": "FSDP" if training_args.fsdp else "none"}
+        held = {"trained weights": "bf16"} if training_args.trained_weights == "bf16" else {}
+        return {"sharding": "FSDP" if training_args.fsdp else "none", **held}
     universal = deepspeed.config.get("checkpoint", {}).get("load_universal")
     return {"sharding": strategy_name(training_args), "ranks": ANY if universal else training_args.world_size}
 

@@ -15,7 +15,9 @@ from mechanisms.strategies import strategy_name
 def method_name(training_args, lora_args):
     if lora_args.q_lora:
         return "Q-LoRA"
-    return "LoRA" if training_args.use_lora else "Full-parameter"
+    if training_args.use_lora:
+        return "LoRA"
+    return f"Full-parameter{' (weights in bf16, 8-bit moments)' if training_args.trained_weights == 'bf16' else ''}"
 
 
 def items_per_step(training_args):
@@ -41,7 +43,8 @@ def before_training(model, training_args, lora_args, dataset):
     precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
     return ["Training:", table([
         ("method", method_name(training_args, lora_args)),
-        ("precision", f"{precision}, trained weights and optimizer in fp32"),
+        ("precision", f"{precision}, trained weights and optimizer in fp32" if training_args.trained_weights == "fp32"
+         else f"{precision}, trained weights too, rounded at random"),
         ("device", f"{training_args.world_size} x {training_args.device.type}, {strategy_name(training_args)}"),
         ("parameters", parameters),
         ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),

@@ -92,6 +92,12 @@ class SafeTrainer(Trainer):
         self.add_callback(SaveOnRequest)
         self.add_callback(ProgressLines if self.args.disable_tqdm else ProgressBar)
 
+    def _build_accelerator_args(self, **kwargs):
+        arguments = super()._build_accelerator_args(**kwargs)
+        [ddp] = arguments["kwargs_handlers"]
+        ddp.gradient_as_bucket_view = True  # else DDP holds all gradients twice
+        return arguments
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             num_items_in_batch = None  # in evaluation too Trainer counts those of all ranks; the mean is of this row
@@ -217,7 +223,8 @@ class SafeTrainer(Trainer):
     def _check_weights(self):
         """Raises NotFinite, on all ranks, if a trained weight or a number of the optimizer is not finite on any."""
         weights = [getattr(weight, "ds_tensor", weight) for weight in self.model.parameters() if weight.requires_grad]
-        numbers = [value for state in self.optimizer.state.values() for value in state.values()]
+        numbers = [getattr(value, "scale", value)  # of 8-bit moments
+                   for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*weights, *filter(torch.is_tensor, numbers)]
         lost = torch.tensor(not all_finite(tensors), dtype=torch.int32, device=self.args.device)
         if self.accelerator.reduce(lost).item():

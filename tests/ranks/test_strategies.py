@@ -270,6 +270,33 @@ finetune.main(sys.argv[1:])
     assert not isinstance(checkpoints.read_manifest(str(out / "checkpoint-2")), str)
 
 
+def test_ranks_with_weights_in_bf16_round_alike(make_model, cache_dir, tmp_path):
+    """Their generators differ, as they do after dropout; the weights must not, and are those of one process."""
+    program = tmp_path / "digests.py"
+    program.write_text(f"""
+import hashlib, json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import finetune, torch
+from accelerate.utils import gather_object
+seeded = finetune.load_model
+finetune.load_model = lambda *args: (seeded(*args), torch.manual_seed(args[1].process_index))[0]
+trainer = finetune.train(sys.argv[1:])
+weights = b"".join(weight.float().detach().numpy().tobytes() for weight in trainer.model.parameters())
+digests = gather_object([hashlib.sha256(weights).hexdigest()])
+if trainer.args.process_index == 0:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print("RESULT", json.dumps([digests, losses]))
+""")
+    results = []
+    for ranks, strategy in ((2, "DDP"), (1, "one process")):
+        argv = cell_argv(strategy, "full", make_model(), tmp_path / strategy, cache_dir)
+        run = torchrun([program, *argv, "--bf16", "--trained_weights", "bf16", "--max_steps", 3], ranks=ranks)
+        assert run.returncode == 0, run.stdout + run.stderr
+        results.append(json.loads(run.stdout.partition("RESULT ")[2].splitlines()[0]))
+    (digests, losses), (_, of_one) = results
+    assert len(digests) == 2 and digests[0] == digests[1] and losses == pytest.approx(of_one, rel=1e-2)
+
+
 def test_a_lock_that_a_killed_compilation_left_is_pointed_at(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "cpu_adam").mkdir()
