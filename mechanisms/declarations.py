@@ -21,7 +21,8 @@ PUBLIC = {"activation_checkpointing": "gradient_checkpointing",
           "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs"}
 TRAINER = "transformers"  # the group of the flags that a training script inherits
 METADATA = ("exists", "missing", "hidden")  # keys of a field's metadata that argparse does not know, see flags.py
-TYPES = {"int": ("INT", "a whole number"), "float": ("FLOAT", "a number"), "bool": ("True|False", "True or False")}
+TYPES = {"int": ("INT", "a whole number"), "float": ("FLOAT", "a number"), "bool": ("True|False", "True or False"),
+         "dict": ("JSON", 'JSON such as {"key": 1}')}
 TEXT = "TEXT", "a value"
 
 
@@ -115,6 +116,8 @@ def _flag(statement, enums):
     metadata = {_literal(key): _literal(value) for key, value in zip(metadata.keys, metadata.values)}
     default = _literal(keywords.get("default"))
     kind, optional = _type(statement.annotation)
+    if "dict" in ast.unparse(statement.annotation):
+        kind = "dict"
     nargs = metadata.get("nargs")
     if match := re.fullmatch(r"list\[(.+)\]", kind):
         kind, nargs = match[1], "+"
