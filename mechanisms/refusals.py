@@ -41,13 +41,15 @@ REFUSED = (
             "--gradient_accumulation_steps"),
     # Optimizers
     Refused("optim", ("adamw_torch_xla", "adamw_torch_npu_fused"), "it is for TPUs or NPUs: use adamw_torch"),
-    Refused("optim", ("adamw_anyprecision",), "its package, torchdistx, is no longer maintained: use adamw_torch_8bit"),
+    Refused("optim", ("adamw_anyprecision",), "its package, torchdistx, is no longer maintained: use adamw_8bit"),
+    Refused("optim", ("adamw_torch_4bit", "adamw_torch_8bit"),
+            "whether its state is finite cannot be checked, and without that no checkpoint is saved: use adamw_8bit"),
     Refused("optim", ("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise",
                       "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "apollo_adamw",
                       "apollo_adamw_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_radam",
                       "schedule_free_adamw", "schedule_free_sgd", "stable_adamw"),
             "its package is not in requirements.txt, and nothing here was tested with it: for less memory use "
-            "adamw_torch_8bit, adamw_torch_4bit, adafactor or --use_lora"),
+            "adamw_8bit, adafactor or --use_lora"),
     Refused("optim_target_modules", OTHERS, "it is for GaLore and APOLLO, which are refused: leave it out"),
     # Data
     Refused("auto_find_batch_size", OTHERS,
@@ -113,3 +115,8 @@ NEEDS = {
     "dataloader_multiprocessing_context": ("--dataloader_num_workers",),
     "fsdp_config": ("--fsdp",),
 }
+
+
+def never_taken() -> set[str]:
+    """The flags that take no value but their default."""
+    return {name for row in REFUSED if row.values == OTHERS for name in row.flags.split()}

@@ -11,6 +11,8 @@ from mechanisms import refusals, trials
 from mechanisms.declarations import PUBLIC, read_flags
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
+from tests import flag_cases
+from tests.flags_page import PAGE, page
 
 FLAGS = {flag.name: flag for group in read_flags(finetune.__file__).values() for flag in group}
 EVALUATED = "--eval_ratio 0.1 --eval_strategy epoch"
@@ -25,15 +27,6 @@ def problems(words):
     with pytest.raises(UserError) as error:
         parse(words)
     return str(error.value).split("\n       ")
-
-
-def other(flag):
-    """A value that is not the default."""
-    if flag.choices:
-        return next(choice for choice in flag.choices if choice != flag.default)
-    if flag.type == "bool":
-        return str(not flag.default)
-    return {"int": "3", "float": "0.5", "dict": '{"a":1}'}.get(flag.type, "word")
 
 
 # -- the tables -------------------------------------------------------------------------------------------------------
@@ -56,7 +49,7 @@ def test_tables_name_flags_and_values_that_there_are():
 @pytest.mark.parametrize("row", refusals.REFUSED, ids=lambda row: row.flags.split()[0])
 def test_each_refused_value_is_named_with_the_reason(row):
     for name in row.flags.split():
-        for value in row.values or [other(FLAGS[name])]:
+        for value in row.values or [flag_cases.other_value(FLAGS[name])]:
             [line] = problems(f"--{name} {value}")
             assert line == (f"--{name} {value}: {row.why}" if row.values else f"--{name}: {row.why}")
 
@@ -197,3 +190,27 @@ def test_everything_that_is_wrong_with_the_arguments_is_named_at_once():
 def test_save_strategy_best_keeps_the_lowest_loss():
     args = parse(f"{EVALUATED} --save_strategy best")
     assert args.metric_for_best_model == "loss" and args.greater_is_better is False
+
+
+# -- every flag -------------------------------------------------------------------------------------------------------
+
+def test_every_flag_of_transformers_has_a_case_or_is_refused():
+    """A flag that a new transformers brings has to be looked at: does it work here?"""
+    known = [*flag_cases.CASES, *flag_cases.REFUSED_HERE, *flag_cases.ELSEWHERE, *refusals.never_taken(),
+             *PUBLIC.values()]
+    assert sorted(known) == sorted(flag_cases.FIELDS)
+
+
+def test_cases_give_the_flag_another_value_than_its_default():
+    for name, case in flag_cases.CASES.items():
+        if name != "output_dir":
+            assert f"--{name}" in case.words or f"--{PUBLIC.get(name)}" in case.words or f"--no_{name}" in case.words
+        assert FLAGS[name].default in (None, "") or f" --{name} {FLAGS[name].default} " not in f" {case.words} "
+    for name, file in flag_cases.ELSEWHERE.items():
+        assert f'"--{name}"' in (PAGE.parents[1] / file).read_text(encoding="utf-8")
+
+
+def test_the_page_of_flags_is_what_the_code_says():
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.sweep docs"
+    for name in FLAGS:
+        assert name.startswith("no_") or f"`--{PUBLIC.get(name, name)}`" in page()
