@@ -97,7 +97,7 @@ NO_FLAG = {
     "leave it out, the result is always written as safetensors": "save_safetensors safe_serialization",
     "leave it out, the losses are in trainer_state.json of the result": "plot_loss",
     "leave it out, the adapters are plain LoRA": "use_dora dora use_rslora rslora pissa_init loraplus_lr_ratio",
-    "leave it out, no noise is added to the embeddings": "neftune_alpha noise_alpha noisy_embedding_alpha",
+    "leave it out, no noise is added to embeddings here": "neftune_alpha noise_alpha noisy_embedding_alpha",
     "leave it out, the vocabulary stays that of the model": "resize_vocab new_special_tokens special_tokens",
     "give a file with fewer records": "max_samples max_train_samples train_dataset_sample num_samples",
     "give it to torchrun, before finetune.py": """nproc_per_node nnodes node_rank master_addr master_port num_gpus gpus

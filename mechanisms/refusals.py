@@ -19,13 +19,13 @@ class Refused(NamedTuple):
 
 
 REFUSED = (
-    Refused("do_train", ("False",), "finetune.py always trains; chat.py talks to a model, bench/ measures it"),
+    Refused("do_train", ("False",), "finetune.py always trains; chat.py answers, and --eval_data_path measures"),
     Refused("do_eval", ("False",), "evaluated is what --eval_data_path or --eval_ratio gives: leave these out"),
     Refused("do_predict", OTHERS, "answers are not written here: use chat.py"),
     Refused("max_steps", ("0",), "leave it out to train --num_train_epochs"),
     # The network and its loss
     Refused("torch_compile torch_compile_backend torch_compile_mode", OTHERS,
-            "rows differ in length, and each length would be compiled anew: leave it out"),
+            "the network is not tested compiled, with rows that differ in length from step to step: leave it out"),
     Refused("use_cache", OTHERS, "training keeps no keys and values of earlier tokens: leave it out"),
     Refused("liger_kernel_config", OTHERS,
             "--use_liger_kernel takes RMSNorm, SwiGLU and RoPE of Liger and not its loss: leave it out"),

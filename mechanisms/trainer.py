@@ -253,7 +253,7 @@ class SafeTrainer(Trainer):
     # What a rank cannot write must not keep it from what all ranks do together: it is remembered, and all are told.
 
     def _save(self, output_dir=None, state_dict=None):
-        """Trainer's, but for training_args.bin, a pickle with --hub_token in it that nothing reads."""
+        """Trainer's, but for training_args.bin, a pickle that nothing reads."""
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)

@@ -1,5 +1,6 @@
 """What only torch and transformers know of the arguments, tried on one small weight before the data are read."""
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -37,10 +38,9 @@ def failing(args) -> list[str]:
 def without_effect(args) -> list[str]:
     """Flags that the optimizer or schedule has no use for, as lines. Launchers give some that their user cannot take
     back, so that these are no mistakes."""
-    lines = []
-    if "num_warmup_steps" not in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters:
-        lines += [f"--warmup_steps has no effect with --lr_scheduler_type {args.lr_scheduler_type.value}"
-                  for _ in range(args.warmup_steps > 0)]
+    lines, schedule = [], inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type])
+    if args.warmup_steps and "num_warmup_steps" not in schedule.parameters and not _deepspeed_has("scheduler", args):
+        lines.append(f"--warmup_steps has no effect with --lr_scheduler_type {args.lr_scheduler_type.value}")
     if not _deepspeed_has("optimizer", args):
         lines += [f"--{name} has no effect with --optim {args.optim.value}"
                   for name in ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -94,12 +94,10 @@ def _schedule(args):
         _try_schedule(args, kwargs)
     except Exception as error:
         return [f"{named}: {first_line(error)}. What it needs stands in --lr_scheduler_kwargs, as JSON"]
-    if kwargs:
-        try:
-            _try_schedule(args, {"no_schedule_takes_this": 1})
+    with contextlib.suppress(TypeError):  # of one that looks at what it is given
+        _try_schedule(args, {"no_schedule_takes_this": 1})
+        if kwargs:
             return [f"--lr_scheduler_kwargs has no effect with --lr_scheduler_type {kind.value}: leave it out"]
-        except TypeError:
-            pass  # it takes some, and those that were given
     return []
 
 
@@ -125,8 +123,7 @@ def _checkpointing(args):
 
 
 def _trackers(args):
-    unknown = set(args.report_to) - INTEGRATION_TO_CALLBACK.keys()
-    missing = set(args.report_to) - unknown - set(get_available_reporting_integrations())
-    return [f"--report_to {name}: no such tracker. There are {', '.join(INTEGRATION_TO_CALLBACK)}"
-            for name in sorted(unknown)] + [
-            f"--report_to {name}: its package is not installed: pip install {name}" for name in sorted(missing)]
+    installed = get_available_reporting_integrations() if args.report_to else []
+    return [f"--report_to {name}: its package is not installed: pip install {name}" if name in INTEGRATION_TO_CALLBACK
+            else f"--report_to {name}: no such tracker. There are {', '.join(INTEGRATION_TO_CALLBACK)}"
+            for name in args.report_to if name not in installed]

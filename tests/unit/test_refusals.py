@@ -62,7 +62,7 @@ def test_what_is_refused_may_be_given_with_its_default():
 
 
 def test_a_flag_without_a_value_and_one_with_no_in_front_are_values_too():
-    assert problems("--torch_compile")[0].startswith("--torch_compile: rows differ in length")
+    assert problems("--torch_compile")[0].startswith("--torch_compile: the network is not tested compiled")
     assert problems("--no_average_tokens_across_devices")[0].startswith("--no_average_tokens_across_devices: the loss")
     assert problems("--do_train no")[0].startswith("--do_train False: finetune.py always trains")
 
@@ -104,7 +104,7 @@ def test_a_config_file_is_checked_as_well(tmp_path):
     with pytest.raises(UserError) as error:
         prepare_command_line(finetune.__file__, [str(tmp_path / "run.yaml"), "--data_path", str(EXAMPLES / "data")])
     first, second = str(error.value).split("\n       ")
-    assert first.startswith(f"{tmp_path}/run.yaml: torch_compile: rows differ")
+    assert first.startswith(f"{tmp_path}/run.yaml: torch_compile: the network is not")
     assert second == f"{tmp_path}/run.yaml: seed -1: at least 0"
 
 
@@ -154,6 +154,14 @@ def test_a_tracker_that_is_not_installed(tracker, monkeypatch):
         f"--report_to {tracker}: its package is not installed: pip install {tracker}"]
     monkeypatch.setattr(trials, "get_available_reporting_integrations", lambda: [tracker])
     parse(f"--report_to {tracker} --run_name x")
+
+
+def test_the_local_rank_that_a_launcher_gives_is_taken(monkeypatch):
+    args = parse("")
+    args.local_rank = 3
+    assert trials.failing(args)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert not trials.failing(args)
 
 
 def test_an_optimizer_that_fails_here_is_refused_whatever_it_says(monkeypatch):
