@@ -36,7 +36,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mechanisms import checkpoints, console, dry_run, facts, fitting, frugal, strategies, summary
+from mechanisms import checkpoints, console, dry_run, facts, fitting, frugal, strategies, summary, trials
 from mechanisms.attention import best_attention
 from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
@@ -188,6 +188,7 @@ class TrainingArguments(transformers.TrainingArguments):
         # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL.
         self.use_cpu = self.use_cpu or runs_on_cpu("add --use_cpu")
         self.bf16, self.fp16 = choose_precision(self.bf16, self.fp16, self.use_cpu)
+        strategies.check_backend(self.ddp_backend, self.use_cpu)
         self.deepspeed = strategies.deepspeed_config(self.deepspeed)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter that is trained is used; searching costs time
@@ -195,6 +196,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if asked not in ("auto", "true", "false"):
             raise UserError(f"--gradient_checkpointing {self.activation_checkpointing}: True, False or auto")
         self.auto_checkpointing, self.activation_checkpointing = asked == "auto", asked == "true"
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"  # as transformers does for --load_best_model_at_end
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file gets plain lines
         super().__post_init__()
@@ -236,12 +239,10 @@ def parse_arguments(argv):
 
     Raises UserError with every combination that cannot work.
     """
-    try:
-        model_args, data_args, training_args, lora_args, stray = parse_into(
-            (ModelArguments, DataArguments, TrainingArguments, LoraArguments), argv)
-    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
-        raise UserError(str(error)) from error
-    problems = [f"unexpected argument {word!r}" for word in stray]
+    problems = []
+    model_args, data_args, training_args, lora_args, stray = parse_into(
+        (ModelArguments, DataArguments, TrainingArguments, LoraArguments), argv, problems)
+    problems += [f"unexpected argument {word!r}" for word in stray]
     if lora_args.q_lora:
         training_args.use_lora = True
     lora_args.init_lora_weights = lora_args.init_lora_weights.lower()  # peft's and YAML's is True
@@ -267,6 +268,7 @@ def parse_arguments(argv):
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
     problems += strategies.impossible(training_args, lora_args) + impossible_start(training_args, lora_args)
+    problems += trials.failing(training_args)
     if training_args.trained_weights == "bf16":
         problems += frugal.problems(training_args)
     if problems:
@@ -517,11 +519,15 @@ def run(model_args, data_args, training_args, lora_args):
             training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
     notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
     notices += strategies.compilation_locks() if training_args.deepspeed else []
+    notices += trials.without_effect(training_args)
     say(*[f"note: {notice}" for notice in notices])
     config, tokenizer, train_dataset, eval_dataset, reports = read_model_and_data(*arguments, checks)
     prompt_note = set_default_mode(tokenizer, reports["train"].modes)
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
+    if training_args.dataloader_drop_last and not summary.batch_count(training_args, train_dataset):
+        raise UserError(f"--dataloader_drop_last drops all {len(train_dataset)} items: they are fewer than a batch of "
+                        "each rank. Leave it out, or give a smaller --per_device_train_batch_size")
     adapter = None
     if lora_args.lora_weight_path:
         adapter = read_adapter(lora_args.lora_weight_path)

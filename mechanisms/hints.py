@@ -40,7 +40,6 @@ FLAGS = {
     "--optim": "optimizer optimizer_type optimizer_name",
     "--optim adafactor": "adafactor",
     "--max_grad_norm": "grad_clip clip_grad gradient_clipping gradient_clip_val max_norm",
-    "--train_sampling_strategy group_by_length": "group_by_length",
     "--gradient_checkpointing": "use_gradient_checkpointing enable_gradient_checkpointing grad_checkpointing",
     "--gradient_checkpointing False": "disable_gradient_checkpointing",
     "--dtype": "torch_dtype precision model_dtype",
@@ -71,7 +70,6 @@ FLAGS = {
     "--lazy_preprocess": "lazy_tokenize streaming lazy",
     "--deepspeed": "deepspeed_config ds_config zero_stage",
     "--use_liger_kernel": "enable_liger_kernel use_liger liger_kernel",
-    "--neftune_noise_alpha": "neftune_alpha noise_alpha noisy_embedding_alpha",
     "--cache_dir": "dataset_prepared_path tokenized_path",
     "--report_to": "use_wandb wandb use_swanlab use_tensorboard",
     "--run_name": "wandb_name wandb_run_name",
@@ -90,7 +88,8 @@ NO_FLAG = {
         use_flash_attention use_flash_attention_2 attn_implementation attn_impl xformers_attention sdp_attention""",
     "leave it out, the model's folder says it": """model_type tokenizer tokenizer_name tokenizer_name_or_path
         tokenizer_type use_fast_tokenizer base_model_config config_name rope_scaling""",
-    "leave it out, nothing is padded here": "padding padding_side padding_free pad_to_max_length pad_to_sequence_len",
+    "leave it out, nothing is padded here": """padding padding_side padding_free pad_to_max_length pad_to_sequence_len
+        group_by_length""",
     "leave it out, nothing is overwritten: the same command resumes": "overwrite_output_dir",
     "leave it out, all cores are used": "preprocessing_num_workers dataset_num_proc num_proc dataset_processes",
     "leave it out, the tokens are made again when the data change": "overwrite_cache load_from_cache_file",
@@ -100,6 +99,7 @@ NO_FLAG = {
     "leave it out, the result is always written as safetensors": "save_safetensors safe_serialization",
     "leave it out, the losses are in trainer_state.json of the result": "plot_loss",
     "leave it out, adapters have one learning rate": "loraplus_lr_ratio",
+    "leave it out, no noise is added to embeddings here": "neftune_alpha noise_alpha noisy_embedding_alpha",
     "leave it out, the vocabulary stays that of the model": "resize_vocab new_special_tokens special_tokens",
     "give a file with fewer records": "max_samples max_train_samples train_dataset_sample num_samples",
     "give it to torchrun, before finetune.py": """nproc_per_node nnodes node_rank master_addr master_port num_gpus gpus

@@ -126,7 +126,7 @@ def optimizer_bytes(optim, optim_args=None):
     if name is None:
         return None
     momentum = name in ("sgd", "rmsprop") and "momentum=" in (optim_args or "")
-    return (numbers[name] + momentum) * (1 + 4 / 256 if "8bit" in optim else 1 / 2 + 4 / 256 if "4bit" in optim else 4)
+    return (numbers[name] + momentum) * (1 + 4 / 256 if "8bit" in optim else 4)
 
 
 def row_loss_bytes(setup, tokens):

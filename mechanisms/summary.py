@@ -30,8 +30,14 @@ def step_count(training_args, dataset):
     """Optimizer steps of the whole run, as Trainer counts them."""
     if training_args.max_steps > 0:
         return training_args.max_steps
-    batches = math.ceil(len(dataset) / (training_args.per_device_train_batch_size * training_args.world_size))
-    return math.ceil(training_args.num_train_epochs * math.ceil(batches / training_args.gradient_accumulation_steps))
+    steps = math.ceil(batch_count(training_args, dataset) / training_args.gradient_accumulation_steps)
+    return math.ceil(training_args.num_train_epochs * steps)
+
+
+def batch_count(training_args, dataset):
+    """Batches of each rank in an epoch."""
+    batches = len(dataset) / (training_args.per_device_train_batch_size * training_args.world_size)
+    return math.floor(batches) if training_args.dataloader_drop_last else math.ceil(batches)
 
 
 def before_training(model, training_args, lora_args, dataset):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import itertools
 import math
@@ -24,7 +25,7 @@ from mechanisms.compatibility import add_former_names
 from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, all_finite, lost_where_not_finite
-from mechanisms.head_loss import HeadLoss, output_linear
+from mechanisms.head_loss import HeadLoss, output_linear, smoothed
 from mechanisms.loading import load_weights
 from mechanisms.lock import check_still_mine
 from mechanisms.paths import checkpoints_in, flush, size_of
@@ -79,11 +80,13 @@ class SafeTrainer(Trainer):
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._check_room()
         self.spikes = SpikeWatch(self.args.loss_spike_factor) if self.args.loss_spike_factor else None
-        self.head_loss = None
+        self.head_loss = self.label_smoother = None  # Trainer's smoother wants the logits of all positions
         if output_linear(self.model):
             self.head_loss = HeadLoss(self.model, self.args.label_smoothing_factor)
-            self.label_smoother = None  # it would want the logits
         else:
+            if self.args.label_smoothing_factor:
+                network = self.model.get_base_model() if self.args.use_lora else self.model
+                network.loss_function = functools.partial(smoothed, self.args.label_smoothing_factor)
             say("note: the output layer has an adapter or is quantized: the loss is computed from its full logits, "
                 "which takes more memory")
         self.remove_callback(PrinterCallback)
@@ -269,7 +272,7 @@ class SafeTrainer(Trainer):
     # What a rank cannot write must not keep it from what all ranks do together: it is remembered, and all are told.
 
     def _save(self, output_dir=None, state_dict=None):
-        """Trainer's, but for training_args.bin, a pickle with --hub_token in it that nothing reads."""
+        """Trainer's, but for training_args.bin, a pickle that nothing reads."""
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)

@@ -78,12 +78,14 @@ def test_config_file_and_command_line_wins(tmp_path, monkeypatch, ending):
         Path(name).touch()
     config = tmp_path / f"run.{ending}"
     values = {"data_path": ["a.json", "b c.json"], "learning_rate": 1e-5, "use_lora": True, "eval_strategy": "no",
-              "lr_scheduler_kwargs": {"num_cycles": 2}, "lora_r": 8, "output_dir": str(tmp_path)}
+              "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "lora_r": 8,
+              "output_dir": str(tmp_path)}
     if ending == "json":
         config.write_text(json.dumps(values))
     else:
         config.write_text("data_path: [a.json, b c.json]\nlearning_rate: 1e-5\nuse_lora: true\neval_strategy: no\n"
-                          f"lr_scheduler_kwargs: {{num_cycles: 2}}\nlora_r: 8\noutput_dir: {tmp_path}\n")
+                          f"lr_scheduler_type: cosine\nlr_scheduler_kwargs: {{num_cycles: 2}}\nlora_r: 8\n"
+                          f"output_dir: {tmp_path}\n")
     _, data, training, lora = parse_arguments(prepare(config, "--lora_r", "16"))
     assert data.data_path == ["a.json", "b c.json"] and training.learning_rate == 1e-5 and training.use_lora
     assert training.eval_strategy == "no" and training.lr_scheduler_kwargs == {"num_cycles": 2}
