@@ -1,4 +1,4 @@
-"""Data files -> datasets of samples, tokenized once and read from disk, or each when it is needed.
+"""Data files -> datasets of samples on disk, tokenized once, or each when it is needed.
 
 What every dataset here has, beside a length and items by their number:
 
@@ -11,6 +11,7 @@ What every dataset here has, beside a length and items by their number:
 import collections
 import contextlib
 import itertools
+import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ from mechanisms.data.packing import best_fit_decreasing
 from mechanisms.data.records import Place, Problems, find_files, read_records
 from mechanisms.data.report import DataReport
 from mechanisms.data.shapes import BadRecord, Conversation, to_conversation
-from mechanisms.data.token_cache import DamagedCache, TokenCache, TokenizedSamples, cache_key
+from mechanisms.data.token_cache import DamagedCache, TextCache, TextSamples, TokenCache, TokenizedSamples, cache_key
 from mechanisms.errors import UserError
 
 MUCH_TEXT = 8 << 20  # bytes of data per core from which tiktoken saves more time than it takes to prepare
@@ -64,69 +65,68 @@ def load_dataset(files: list[str], encoder: ConversationEncoder, cache_dir: str 
 
     Args:
         cache_dir: parent of the folder of tokens (default: below Hugging Face's cache).
-        lazy: keep no tokens; each sample is tokenized when it is needed.
+        lazy: each sample is tokenized when it is needed; what is kept on disk is its text.
         first_before_others: makes a context which the first process of a node enters before the others. What it gives
             is called after each piece of work, so that those who wait know of it.
     """
-    report = DataReport()
-    if lazy:
-        return load_lazily(files, encoder, report), report
+    report, kind = DataReport(), TextCache if lazy else TokenCache
     cache_root = cache_dir or os.path.join(HF_HOME, "finetune_tokens")
     with first_before_others() if first_before_others else contextlib.nullcontext(lambda: None) as at_work:
-        folder = os.path.join(cache_root, f"tokens-{cache_key(files, encoder)}")
+        folder = os.path.join(cache_root, f"{kind.NAME}-{cache_key(files, encoder)}")
         try:
-            cache = open_cache(folder, files)
+            cache = open_cache(folder, files, encoder, kind)
             if cache is None:
-                TokenCache.write(folder, tokenize(files, encoder, report, at_work), report.to_json)
-                cache = TokenCache(folder, files)
+                kind.write(folder, tokenize(files, encoder, report, at_work, lazy), report.to_json)
+                cache = kind(folder, files, encoder)
         except OSError as error:
-            raise UserError(f"the cache of tokens {folder} cannot be used: {error.strerror or error}. Give another "
-                            "folder with --cache_dir") from error
+            raise UserError(f"the cache of {kind.NAME} {folder} cannot be used: {error.strerror or error}. Give "
+                            "another folder with --cache_dir") from error
     return cache, DataReport.from_json(cache.report)
 
 
-def open_cache(folder: str, files: list[str]) -> TokenCache | None:
+def open_cache(folder: str, files: list[str], encoder: ConversationEncoder | None = None, kind=TokenCache):
     """The cache in `folder`; None if there is none, or a damaged one, which is said and removed."""
     if not os.path.lexists(folder):
         return None
     try:
-        return TokenCache(folder, files)
+        return kind(folder, files, encoder)
     except DamagedCache as damage:
-        console.say(f"note: the cache of tokens {folder} is made again: {damage}")
-        TokenCache.remove(folder)
+        console.say(f"note: the cache of {kind.NAME} {folder} is made again: {damage}")
+        kind.remove(folder)
         return None
 
 
-def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport,
-             at_work: Callable[[], None] = lambda: None) -> Iterator[TokenizedSamples]:
+def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport, at_work: Callable[[], None]
+             = lambda: None, lazy: bool = False) -> Iterator[TokenizedSamples | TextSamples]:
     """Yield the TokenizedSamples worth training on; everything else is counted in `report`.
 
-    at_work is called after each of them.
+    at_work is called after each of them. lazy: the same samples in the same order, as TextSamples. Which are left out
+    must be known all the same: a byte-level tokenizer never makes more tokens than there are bytes, so only those with
+    more bytes than the maximum length have to be tokenized to know.
     """
 
     def encode(records):
-        """Some (Place, record) pairs -> their TokenizedSamples and DataReport; runs in another process."""
-        found, ids, labels, lengths, digests, places = DataReport(), [], [], [], [], []
+        """Some (Place, record) pairs -> their samples and DataReport; runs in another process."""
+        found, kept, digests, places = DataReport(), [], [], []
         for place, conversation in to_conversations(records, found.problems, found.notices):
             try:
                 excerpts = encoder.excerpts(conversation, found.notices)
-                samples = [encoder.encode(excerpt, text) for excerpt, text in excerpts]
+                samples = [None if lazy and _bytes(text) <= encoder.max_length else encoder.encode(excerpt, text)
+                           for excerpt, text in excerpts]
             except BadRecord as bad:
                 found.problems.add(place, bad.args[0], conversation.shown())
                 continue
             for number in found.count(conversation, [excerpt for excerpt, _ in excerpts], samples):
-                ids += samples[number].input_ids
-                labels += samples[number].labels
-                lengths.append(len(samples[number].input_ids))
+                kept.append(excerpts[number] if lazy else samples[number])
                 digests.append(conversation.digest)
-                places.append((files.index(place.path), place.line))
-        return TokenizedSamples(np.array(ids, np.int32), np.array(labels, np.int32) != IGNORED,
-                                np.array(lengths, np.int64), np.array(digests, np.uint64),
-                                np.array(places, np.int32).reshape(-1, 2)), found
+                places.append((files.index(place.path), place.line, place.number))
+        about = np.array(digests, np.uint64), np.array(places, np.int32).reshape(-1, 3)
+        return (_texts if lazy else _tokens)(kept, *about), found
 
-    if sum(map(os.path.getsize, files)) > MUCH_TEXT * count_cores():
+    if not lazy and sum(map(os.path.getsize, files)) > MUCH_TEXT * count_cores():
         encoder.ids_of.prepare_tiktoken()
-    records = console.counted(read_files(files, report.problems), "tokenizing", "records")
+    report.counts_tokens = not lazy
+    records = console.counted(read_files(files, report.problems), "preparing" if lazy else "tokenizing", "records")
     groups = iter(lambda: list(itertools.islice(records, 500)), [])
     for samples, found in on_all_cores(encode, groups):
         report.add(found)
@@ -135,53 +135,21 @@ def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport,
     report.problems.rejected.sort(key=lambda row: (files.index(row["file"]), row["line"]))  # reading is ahead
 
 
-def load_lazily(files: list[str], encoder: ConversationEncoder, report: DataReport) -> "LazySamples":
-    """The same samples as `tokenize`, in the same order, not tokenized yet.
-
-    Which samples are left out must be known before the start. A byte-level tokenizer never makes more tokens than there
-    are bytes, so only samples with more bytes than the maximum length have to be tokenized to know.
-    """
-    items, digests, places = [], [], []
-    for place, conversation in to_conversations(
-            read_files(files, report.problems), report.problems, report.notices):
-        try:
-            excerpts = encoder.excerpts(conversation, report.notices)
-            samples = [encoder.encode(excerpt, text) if _bytes(text) > encoder.max_length else None
-                       for excerpt, text in excerpts]
-        except BadRecord as bad:
-            report.problems.add(place, bad.args[0], conversation.shown())
-            continue
-        for number in report.count(conversation, [excerpt for excerpt, _ in excerpts], samples):
-            items.append((conversation, excerpts[number][0]))
-            digests.append(conversation.digest)
-            places.append(f"{place.path}:{place.line}")
-    report.counts_tokens = False
-    return LazySamples(items, digests, places, encoder)
-
-
 def _bytes(text):
     return len(unicodedata.normalize("NFC", text).encode())
 
 
-class LazySamples:
-    """The samples of `TokenCache`, each tokenized when it is asked for. items: (Conversation, its Excerpt)."""
+def _tokens(samples, digests, places):
+    ids = [token for sample in samples for token in sample.input_ids]
+    labels = [label for sample in samples for label in sample.labels]
+    return TokenizedSamples(np.array(ids, np.int32), np.array(labels, np.int32) != IGNORED,
+                            np.array([len(sample.input_ids) for sample in samples], np.int64), digests, places)
 
-    lengths = fill = None
 
-    def __init__(self, items, digests, places, encoder):
-        self.items, self.digests, self.encoder = items, np.array(digests, np.uint64), encoder
-        self.sample_places = places
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        conversation, excerpt = self.items[index]
-        sample = self.encoder.encode(excerpt, self.encoder.text(conversation, excerpt))
-        return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels, np.int32)}
-
-    def places(self, index):
-        return [self.sample_places[index]]
+def _texts(excerpts, digests, places):
+    written = [json.dumps(excerpt, ensure_ascii=False).encode() for excerpt in excerpts]
+    return TextSamples(np.frombuffer(b"".join(written), np.uint8), np.array([len(line) for line in written], np.int64),
+                       digests, places)
 
 
 class Subset:
