@@ -66,7 +66,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = field(default=None, metadata={
-        "help": "Training data: files, folders or globs; JSON Lines or arrays, CSV, TSV, parquet, arrow; also packed.",
+        "help": "Training data: files, folders, globs or names of datasets; PATH:0.3 takes a share, PATH:2 all of it "
+                "twice. JSON Lines or arrays, CSV, TSV, parquet, arrow; also packed.",
         "metavar": "PATH", "exists": "data", "missing": "which data to train on?"})
     eval_data_path: list[str] = field(default=None, metadata={
         "help": "Evaluation data, as --data_path; used at the end and per --eval_strategy.", "metavar": "PATH",

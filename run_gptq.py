@@ -154,7 +154,10 @@ def prepare_samples(args, tokenizer, problems):
     Raises UserError as finetune.py does, with every problem of the data.
     """
     encoder, notices = ConversationEncoder(tokenizer, args.max_len), Notices()
-    records = read_files(find_files(args.data_path, problems), problems)
+    files = find_files(args.data_path, problems)
+    problems.fatal += [f"{path}:{share:g}: a share of a file is for training only. Give --max_samples"
+                       for path, share in files.items() if share != 1]
+    records = read_files(files, problems)
     conversations = to_conversations(records, problems, notices)
     distinct = {}
     for place, conversation in counted(conversations, "reading", "records"):

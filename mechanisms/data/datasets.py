@@ -25,7 +25,7 @@ from mechanisms.data.cores import count_cores, on_all_cores
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.packing import best_fit_decreasing
 from mechanisms.data.records import Place, Problems, find_files, read_records
-from mechanisms.data.report import DataReport
+from mechanisms.data.report import DataReport, Source
 from mechanisms.data.shapes import BadRecord, Conversation, to_conversation
 from mechanisms.data.token_cache import DamagedCache, TextCache, TextSamples, TokenCache, TokenizedSamples, cache_key
 from mechanisms.errors import UserError
@@ -33,7 +33,7 @@ from mechanisms.errors import UserError
 MUCH_TEXT = 8 << 20  # bytes of data per core from which tiktoken saves more time than it takes to prepare
 
 
-def read_files(files: list[str], problems: Problems) -> Iterator[tuple[Place, object]]:
+def read_files(files: Iterable[str], problems: Problems) -> Iterator[tuple[Place, object]]:
     """Yield (Place, record) of all files, one after the other."""
     for path in files:
         yield from read_records(path, problems)
@@ -59,17 +59,21 @@ def check_records(paths: list[str], skip: int) -> None:
     problems.stop_or_skip(skip)
 
 
-def load_dataset(files: list[str], encoder: ConversationEncoder, cache_dir: str | None = None, lazy: bool = False,
+def load_dataset(files: Iterable[str] | dict[str, float], encoder: ConversationEncoder, cache_dir: str | None = None,
+                 lazy: bool = False,
                  first_before_others: Callable[[], AbstractContextManager[Callable[[], None]]] | None = None):
     """Files -> (dataset, DataReport). Tokenized once per node; the other ranks, and later runs, read the cache.
 
     Args:
+        files: with the share of each that is taken, if not all of it; the cache and the report are of all of it.
         cache_dir: parent of the folder of tokens (default: below Hugging Face's cache).
         lazy: each sample is tokenized when it is needed; what is kept on disk is its text.
         first_before_others: makes a context which the first process of a node enters before the others. What it gives
             is called after each piece of work, so that those who wait know of it.
     """
     report, kind = DataReport(), TextCache if lazy else TokenCache
+    shares = files if isinstance(files, dict) else dict.fromkeys(files, 1.0)
+    files = list(shares)
     cache_root = cache_dir or os.path.join(HF_HOME, "finetune_tokens")
     with first_before_others() if first_before_others else contextlib.nullcontext(lambda: None) as at_work:
         folder = os.path.join(cache_root, f"{kind.NAME}-{cache_key(files, encoder)}")
@@ -81,7 +85,30 @@ def load_dataset(files: list[str], encoder: ConversationEncoder, cache_dir: str 
         except OSError as error:
             raise UserError(f"the cache of {kind.NAME} {folder} cannot be used: {error.strerror or error}. Give "
                             "another folder with --cache_dir") from error
-    return cache, DataReport.from_json(cache.report)
+    report = DataReport.from_json(cache.report)
+    if not report.kept:
+        return cache, report
+    counts = times_taken(cache, shares)
+    report.sources = [Source(path, shares[path], *numbers) for path, numbers in zip(files, cache.count_by_file(counts))]
+    if none := [source for source in report.sources if source.share < 1 and not source.records]:
+        raise UserError("\n       ".join(f"{source.path}:{source.share:g} takes none of its records: it has too few"
+                                          for source in none))
+    return cache if (counts == 1).all() else Subset(cache, np.repeat(np.arange(len(cache)), counts)), report
+
+
+def times_taken(cache: TokenCache | TextCache, shares: dict[str, float]) -> np.ndarray:
+    """How often each sample is taken: a share of 2.3 is all of a file twice and of its conversations 0.3, chosen by
+    content, so that they are the same ones in any order."""
+    counts, file_of = np.ones(len(cache), np.int64), cache.sample_places[:, 0]
+    # In another order than `split` takes them in: it would hold out none of the others.
+    mixed = cache.digests * np.uint64(0x9E3779B97F4A7C15)
+    for number, share in enumerate(shares.values()):
+        if share != 1:
+            own = mixed[file_of == number]
+            distinct = np.unique(own)
+            chosen = distinct[:round(len(distinct) * (share % 1))]
+            counts[file_of == number] = int(share) + np.isin(own, chosen)
+    return counts
 
 
 def open_cache(folder: str, files: list[str], encoder: ConversationEncoder | None = None, kind=TokenCache):
@@ -96,7 +123,7 @@ def open_cache(folder: str, files: list[str], encoder: ConversationEncoder | Non
         return None
 
 
-def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport, at_work: Callable[[], None]
+def tokenize(files: Iterable[str], encoder: ConversationEncoder, report: DataReport, at_work: Callable[[], None]
              = lambda: None, lazy: bool = False) -> Iterator[TokenizedSamples | TextSamples]:
     """Yield the TokenizedSamples worth training on; everything else is counted in `report`.
 
@@ -104,6 +131,8 @@ def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport,
     must be known all the same: a byte-level tokenizer never makes more tokens than there are bytes, so only those with
     more bytes than the maximum length have to be tokenized to know.
     """
+
+    files = list(files)
 
     def encode(records):
         """Some (Place, record) pairs -> their samples and DataReport; runs in another process."""

@@ -171,6 +171,20 @@ class _Cache:
         file, line, _ = self.sample_places[index]
         return [f"{self.files[file]}:{line}"]
 
+    def count_by_file(self, counts):
+        """[(records, samples, tokens, trained tokens)] of each file, the last two only where they are known.
+
+        counts: int64 (samples), how often each is counted.
+        """
+        file_of, record_of = self.sample_places[:, 0], self.sample_places[:, [0, 2]]
+        begins = np.any(np.diff(record_of, axis=0, prepend=-1) != 0, axis=1)  # a record may have several samples
+        return list(zip(*(np.bincount(file_of, counts * each, len(self.files)).astype(np.int64).tolist()
+                          for each in (begins, 1, *self.tokens()))))
+
+    def tokens(self):
+        """(tokens, trained tokens), each int64 (samples); empty if they are not known."""
+        return ()
+
 
 class TokenCache(_Cache):
     """Tokenized samples."""
@@ -180,6 +194,11 @@ class TokenCache(_Cache):
     def __init__(self, folder, files=(), encoder=None):
         super().__init__(folder, files, encoder)
         self.lengths = np.diff(self.offsets)
+
+    def tokens(self):
+        trained, starts = self.content[1], self.offsets[:-1]
+        first = trained[starts]  # which nothing predicts
+        return self.lengths, np.add.reduceat(trained, starts, dtype=np.int64) - first
 
     def __getitem__(self, index):
         input_ids, trained = self.content_of(index)
