@@ -42,6 +42,7 @@ from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
+from mechanisms.data.shapes import parse_columns
 from mechanisms.errors import Checks, first_line
 from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
 from mechanisms.linear_attention import keep_within_samples, kernel_note
@@ -72,6 +73,9 @@ class DataArguments:
     eval_data_path: list[str] = field(default=None, metadata={
         "help": "Evaluation data, as --data_path; used at the end and per --eval_strategy.", "metavar": "PATH",
         "exists": "data"})
+    columns: list[str] = field(default=None, metadata={
+        "help": "Where the data have other names, which column is what, as prompt=question response=answer; others are "
+                "not used.", "metavar": "KEY=COLUMN"})
     eval_ratio: float = field(
         default=0.0, metadata={"help": "Share of the training data held out for evaluation, always the same records."})
     lazy_preprocess: bool = field(
@@ -209,6 +213,9 @@ def parse_arguments(argv):
         training_args.use_lora = True
     if not data_args.data_path:
         problems.append("--data_path is missing: which data to train on?")
+    if data_args.columns:
+        data_args.columns, wrong = parse_columns(data_args.columns)
+        problems += wrong
     if not 0 <= data_args.eval_ratio < 1:
         problems.append(f"--eval_ratio {data_args.eval_ratio}: a share of the data, from 0 to below 1")
     if data_args.eval_ratio and data_args.eval_data_path:
@@ -267,7 +274,8 @@ def read_model_and_data(model_args, data_args, training_args, lora_args, checks)
         if tokenizer:
             datasets = prepare_datasets(data_args, training_args, tokenizer)
         else:
-            check_records([*data_args.data_path, *(data_args.eval_data_path or [])], data_args.skip_bad_rows)
+            check_records([*data_args.data_path, *(data_args.eval_data_path or [])], data_args.skip_bad_rows,
+                          data_args.columns)
     checks.stop()
     return config, tokenizer, *datasets
 
@@ -284,7 +292,7 @@ def prepare_datasets(data_args, training_args, tokenizer):
         files = find_files(paths or [], problems)
         if files:
             datasets[name], reports[name] = load_dataset(
-                files, encoder, training_args.cache_dir, data_args.lazy_preprocess,
+                files, encoder, training_args.cache_dir, data_args.lazy_preprocess, data_args.columns,
                 functools.partial(strategies.first_before_others, training_args))
             problems.extend(reports[name].problems)
     problems.stop_or_skip(data_args.skip_bad_rows)

@@ -8,7 +8,6 @@ What every dataset here has, beside a length and items by their number:
   fill: share of the tokens of its rows that samples fill, where an item is a row of samples; None where it is a sample
 """
 
-import collections
 import contextlib
 import itertools
 import json
@@ -24,9 +23,9 @@ from mechanisms import console
 from mechanisms.data.cores import count_cores, on_all_cores
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.packing import best_fit_decreasing
-from mechanisms.data.records import Place, Problems, find_files, read_records
+from mechanisms.data.records import Notices, Place, Problems, find_files, read_records
 from mechanisms.data.report import DataReport, Source
-from mechanisms.data.shapes import BadRecord, Conversation, to_conversation
+from mechanisms.data.shapes import BadRecord, Conversation, no_column, to_conversation
 from mechanisms.data.token_cache import DamagedCache, TextCache, TextSamples, TokenCache, TokenizedSamples, cache_key
 from mechanisms.errors import UserError
 
@@ -39,28 +38,30 @@ def read_files(files: Iterable[str], problems: Problems) -> Iterator[tuple[Place
         yield from read_records(path, problems)
 
 
-def to_conversations(records: Iterable, problems: Problems, notices: dict) -> Iterator[tuple[Place, Conversation]]:
+def to_conversations(records: Iterable, problems: Problems, notices: dict, columns: dict[str, str] | None = None
+                     ) -> Iterator[tuple[Place, Conversation]]:
     """Yield (Place, Conversation) for every usable one of (Place, record) pairs.
 
-    The others go to `problems`; `notices` (a Counter) counts what is left out of usable ones, by its name.
+    The others go to `problems`; `notices` (a Counter) counts what is left out of usable ones, by its name. columns: see
+    `shapes.to_conversation`.
     """
     for place, record in records:
         try:
-            yield place, to_conversation(record, notices)
+            yield place, to_conversation(record, notices, columns)
         except BadRecord as bad:
             problems.add(place, bad.args[0], record)
 
 
-def check_records(paths: list[str], skip: int) -> None:
+def check_records(paths: list[str], skip: int, columns: dict[str, str] | None = None) -> None:
     """Read all files without a tokenizer. Raises UserError with their problems if there are more than `skip`."""
     problems = Problems()
-    for _ in to_conversations(read_files(find_files(paths, problems), problems), problems, collections.Counter()):
+    for _ in to_conversations(read_files(find_files(paths, problems), problems), problems, Notices(), columns):
         pass
     problems.stop_or_skip(skip)
 
 
 def load_dataset(files: Iterable[str] | dict[str, float], encoder: ConversationEncoder, cache_dir: str | None = None,
-                 lazy: bool = False,
+                 lazy: bool = False, columns: dict[str, str] | None = None,
                  first_before_others: Callable[[], AbstractContextManager[Callable[[], None]]] | None = None):
     """Files -> (dataset, DataReport). Tokenized once per node; the other ranks, and later runs, read the cache.
 
@@ -68,6 +69,7 @@ def load_dataset(files: Iterable[str] | dict[str, float], encoder: ConversationE
         files: with the share of each that is taken, if not all of it; the cache and the report are of all of it.
         cache_dir: parent of the folder of tokens (default: below Hugging Face's cache).
         lazy: each sample is tokenized when it is needed; what is kept on disk is its text.
+        columns: {key of a shape: key of the records that is meant}, of --columns.
         first_before_others: makes a context which the first process of a node enters before the others. What it gives
             is called after each piece of work, so that those who wait know of it.
     """
@@ -76,11 +78,11 @@ def load_dataset(files: Iterable[str] | dict[str, float], encoder: ConversationE
     files = list(shares)
     cache_root = cache_dir or os.path.join(HF_HOME, "finetune_tokens")
     with first_before_others() if first_before_others else contextlib.nullcontext(lambda: None) as at_work:
-        folder = os.path.join(cache_root, f"{kind.NAME}-{cache_key(files, encoder)}")
+        folder = os.path.join(cache_root, f"{kind.NAME}-{cache_key(files, encoder, columns)}")
         try:
             cache = open_cache(folder, files, encoder, kind)
             if cache is None:
-                kind.write(folder, tokenize(files, encoder, report, at_work, lazy), report.to_json)
+                kind.write(folder, tokenize(files, encoder, report, at_work, lazy, columns), report.to_json)
                 cache = kind(folder, files, encoder)
         except OSError as error:
             raise UserError(f"the cache of {kind.NAME} {folder} cannot be used: {error.strerror or error}. Give "
@@ -124,7 +126,8 @@ def open_cache(folder: str, files: list[str], encoder: ConversationEncoder | Non
 
 
 def tokenize(files: Iterable[str], encoder: ConversationEncoder, report: DataReport, at_work: Callable[[], None]
-             = lambda: None, lazy: bool = False) -> Iterator[TokenizedSamples | TextSamples]:
+             = lambda: None, lazy: bool = False, columns: dict[str, str] | None = None
+             ) -> Iterator[TokenizedSamples | TextSamples]:
     """Yield the TokenizedSamples worth training on; everything else is counted in `report`.
 
     at_work is called after each of them. lazy: the same samples in the same order, as TextSamples. Which are left out
@@ -137,7 +140,7 @@ def tokenize(files: Iterable[str], encoder: ConversationEncoder, report: DataRep
     def encode(records):
         """Some (Place, record) pairs -> their samples and DataReport; runs in another process."""
         found, kept, digests, places = DataReport(), [], [], []
-        for place, conversation in to_conversations(records, found.problems, found.notices):
+        for place, conversation in to_conversations(records, found.problems, found.notices, columns):
             try:
                 excerpts = encoder.excerpts(conversation, found.notices)
                 samples = [None if lazy and _bytes(text) <= encoder.max_length else encoder.encode(excerpt, text)
@@ -161,6 +164,11 @@ def tokenize(files: Iterable[str], encoder: ConversationEncoder, report: DataRep
         report.add(found)
         yield samples
         at_work()
+    for target, column in (columns or {}).items():
+        lacking = report.notices[notice := no_column(target, column)]
+        if lacking and lacking >= report.records():
+            report.problems.fatal.append(f"--columns {target}={column}: no record has {column!r}; the first one has "
+                                         f"{report.notices.examples[notice]}")
     report.problems.rejected.sort(key=lambda row: (files.index(row["file"]), row["line"]))  # reading is ahead
 
 

@@ -81,6 +81,9 @@ class DataReport:
         self.duplicates += other.duplicates + len(self.seen & other.seen)
         self.seen |= other.seen
 
+    def records(self) -> int:
+        return self.kept + self.left_out.total() + len(self.problems.rejected)
+
     def to_json(self) -> dict:
         fields = {name: value for name, value in vars(self).items() if name not in ("problems", "seen", "sources")}
         return {**fields, "rejected": self.problems.rejected, "fatal": self.problems.fatal,
@@ -98,7 +101,7 @@ class DataReport:
 
     def lines(self, title: str) -> list[str]:
         rejected = len(self.problems.rejected)
-        rows = [("records", self.kept + sum(self.left_out.values()) + rejected), ("kept", self.kept)]
+        rows = [("records", self.records()), ("kept", self.kept)]
         if rejected:
             rows.append(("left out: unusable (rejected.jsonl)", rejected))
         rows += [(f"left out: {reason}", count) for reason, count in sorted(self.left_out.items())]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mechanisms.data.encoder import IGNORED, Excerpt
+from mechanisms.errors import UserError
 from mechanisms.paths import digest_of, digest_of_json, flush
 
 REPORT, IDS, UNFINISHED = "report.json", "input_ids.int32", ".unfinished"
@@ -26,25 +27,30 @@ ARRAYS = CONTENT | OF_SAMPLES
 LIBRARIES = "transformers", "tokenizers", "tiktoken", "jinja2"  # that render and tokenize
 
 
-def cache_key(files: list[str], encoder) -> str:
+def cache_key(files: list[str], encoder, columns: dict[str, str] | None = None) -> str:
     """Hex key of everything the tokens depend on.
 
-    That is the content of the data files and their names as given (problems are reported with them), every field of
-    the encoder, of its tokenizer the chat template and all rules, the Python files of this folder, and the versions of
-    the libraries that do the work.
+    That is the content of the data files and their names as given (problems are reported with them), the columns that
+    are meant, every field of the encoder, of its tokenizer the chat template and all rules, the Python files of this
+    folder, and the versions of the libraries that do the work. Raises UserError with all files that cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest, unreadable = hashlib.blake2b(digest_size=16), []
     here = Path(__file__).parent
     sources = sorted(here.glob("*.py"))
     for name, path in [*zip(files, files), *((source.name, source) for source in sources)]:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        except OSError as error:
+            unreadable.append(f"{path}: cannot be read: {error.strerror or error}")
+    if unreadable:
+        raise UserError("\n       ".join(unreadable))
     rules = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(encoder)}
     tokenizer = rules.pop("tokenizer")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    digest.update(json.dumps([rules, tokenizer.chat_template, versions], sort_keys=True).encode())
+    digest.update(json.dumps([rules, columns, tokenizer.chat_template, versions], sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
 
