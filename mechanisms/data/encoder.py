@@ -150,10 +150,8 @@ class ConversationEncoder:
             return located
         if set(modes.values()) == {modes[last]} and modes[last] in template.style(tools).flat:
             turns = dict(zip(said, template.turns(text, modes[last], tools)))
-            if turns.get(last) != (start, end):
-                raise BadRecord([("the rendering cannot be walked", f"{said.index(last) + 1} assistant messages are "
-                                  "not what is found in what the chat template makes of them")])
-            if not any(template.joined(text, turns[number][0]) for number in wanted[:-1]):
+            found = turns.get(last) == (start, end)  # not if one that is not trained belongs to the other mode
+            if found and not any(template.joined(text, turns[number][0]) for number in wanted[:-1]):
                 for number in wanted[:-1]:
                     template.check_words(messages[number], text[slice(*turns[number])], modes[number], notices)
                 return [(number, modes[number], text, *turns[number]) for number in wanted]
