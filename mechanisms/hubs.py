@@ -29,18 +29,27 @@ def dataset_files(name: str, split: str | None) -> list[str]:
     """
     from datasets import load_dataset_builder  # takes seconds to import
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
+    by_hand = f"hf download {name} --repo-type dataset --local-dir FOLDER"
     try:
         if uses_modelscope():
             folder = _from_modelscope(name, "dataset")
         else:
             folder = snapshot_download(name, repo_type="dataset", allow_patterns=[
                 "README.md", *(f"*{ending}" for ending in DATA_ENDINGS)])
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{name} is no file or folder here, and no dataset of the Hugging Face Hub that you may read (if "
+                        "it is private or gated: hf auth login)") from error
+    except OSError as error:
+        raise UserError(f"{name} is no file or folder here, and as a dataset of the Hugging Face Hub it cannot be had: "
+                        f"{first_line(error.__cause__ or error)}. Where there is a network, {by_hand}; then give that "
+                        "folder") from error
+    try:
         splits = load_dataset_builder(folder).config.data_files or {}
     except (OSError, ValueError) as error:
-        reason = getattr(error.__cause__, "args", None) and first_line(error.__cause__) or first_line(error)
-        raise UserError(f"{name} is no file or folder here, and as a dataset of the Hugging Face Hub it cannot be had: "
-                        f"{reason}") from error
+        raise UserError(f"which files of the dataset {name} are which split cannot be told: {first_line(error)}. "
+                        f"{by_hand}; then give its files") from error
     if split is None and len(splits) == 1:
         [split] = splits
     if split not in splits:

@@ -122,6 +122,8 @@ class Hub(BaseHTTPRequestHandler):
         else:
             body = self.FILES.get(self.path.removeprefix(f"/datasets/me/chats/resolve/{'a' * 40}/"))
         self.send_response(404 if body is None else 200)
+        if body is None:
+            self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("X-Repo-Commit", "a" * 40)
         self.send_header("ETag", f'"{hash(body)}"')
         self.send_header("Content-Length", str(len(body or b"")))
@@ -151,17 +153,18 @@ def test_a_dataset_of_the_hub_and_what_is_said_without_it(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines(), done.stderr
 
-    gone = "as a dataset of the Hugging Face Hub it cannot be had: "
+    gone, advice = "as a dataset of the Hugging Face Hub it cannot be had: ", "hf download you/other --repo-type"
     (records, shares, fatal, quick), said = run("me/chats", "you/other")
     assert records == "[]" and "me/chats holds the splits test, train. Name one: me/chats:train" in fatal
-    assert f"you/other is no file or folder here, and {gone}" in fatal and "404" in fatal and quick == "True"
+    assert "you/other is no file or folder here, and no dataset of the Hugging Face Hub that you may read" in fatal
+    assert quick == "True"
     assert run("me/chats:train:0.5", "me/chats:test")[0] == ["['q', 'q', 't']", "[0.5, 1.0]", "[]", "True"]
     server.shutdown()
     server.server_close()
     assert run("me/chats:test", HF_HUB_OFFLINE="1")[0][0] == "['t']"  # it has been downloaded
     for environment, reason in (({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"), ({}, "Connection refused")):
         (_, _, fatal, quick), said = run("you/other", **environment)
-        assert gone in fatal and reason in fatal and quick == "True" and "Retrying" not in said
+        assert gone in fatal and reason in fatal and advice in fatal and quick == "True" and "Retrying" not in said
         assert len(eval(fatal)) == 1 and "\n" not in eval(fatal)[0]
 
 
