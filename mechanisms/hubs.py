@@ -39,8 +39,8 @@ def dataset_files(name: str, split: str | None) -> list[str]:
             folder = snapshot_download(name, repo_type="dataset", allow_patterns=[
                 "README.md", *(f"*{ending}" for ending in DATA_ENDINGS)])
     except RepositoryNotFoundError as error:
-        raise UserError(f"{name} is no file or folder here, and no dataset of the Hugging Face Hub that you may read (if "
-                        "it is private or gated: hf auth login)") from error
+        raise UserError(f"{name} is no file or folder here, and no dataset of the Hugging Face Hub that you may read "
+                        "(if it is private or gated: hf auth login)") from error
     except OSError as error:
         raise UserError(f"{name} is no file or folder here, and as a dataset of the Hugging Face Hub it cannot be had: "
                         f"{first_line(error.__cause__ or error)}. Where there is a network, {by_hand}; then give that "
