@@ -275,7 +275,7 @@ def read_model_and_data(model_args, data_args, training_args, lora_args, checks)
             datasets = prepare_datasets(data_args, training_args, tokenizer)
         else:
             check_records([*data_args.data_path, *(data_args.eval_data_path or [])], data_args.skip_bad_rows,
-                          data_args.columns)
+                          data_args.columns, training_args.cache_dir)
     checks.stop()
     return config, tokenizer, *datasets
 
@@ -289,7 +289,7 @@ def prepare_datasets(data_args, training_args, tokenizer):
                                   data_args.thinking, data_args.earlier_answers, data_args.system)
     problems, datasets, reports = Problems(), {}, {}
     for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
-        files = find_files(paths or [], problems)
+        files = find_files(paths or [], problems, training_args.cache_dir)
         if files:
             datasets[name], reports[name] = load_dataset(
                 files, encoder, training_args.cache_dir, data_args.lazy_preprocess, data_args.columns,

@@ -2,9 +2,9 @@
 
   python -m bench.read_files --records 1000000
 
-The records are made into conversations (no tokenizing), each file in a process of its own. Then finetune.py trains one
-step on two ranks (--dry_run), with a tiny model; the peak memory is that of the process with the most, libraries
-included, and what processes share counted in each.
+The records are made into conversations (no tokenizing), each file in a process of its own; the time is that of a core,
+which other work on the machine disturbs less. Then finetune.py trains one step on two ranks (--dry_run), with a tiny
+model; the peak memory is that of the process with the most, libraries included; what processes share counts in each.
 """
 
 import argparse
@@ -48,10 +48,10 @@ def read(path):
     from mechanisms.data.datasets import read_files, to_conversations
     from mechanisms.data.records import Notices, Problems
 
-    problems, began = Problems(), time.time()
+    problems, began = Problems(), time.process_time()
     count = sum(1 for _ in to_conversations(read_files([path], problems), problems, Notices()))
     print(f"{os.path.basename(path):14} {count:>9,} conversations {os.path.getsize(path) / 1e6:>7.0f} MB "
-          f"{time.time() - began:>6.1f} s {peak('self') / 2 ** 20:>6,.0f} MiB at most", flush=True)
+          f"{time.process_time() - began:>6.1f} s of a core {peak('self') / 2 ** 20:>6,.0f} MiB at most", flush=True)
 
 
 def peak(process):

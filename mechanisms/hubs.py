@@ -22,7 +22,7 @@ def model_here(path: str, cache_dir: str | None = None) -> str:
     return _from_modelscope(path, "model", cache_dir)
 
 
-def dataset_files(name: str, split: str | None) -> list[str]:
+def dataset_files(name: str, split: str | None, cache_dir: str | None = None) -> list[str]:
     """The data files of one split of a dataset, downloaded; `datasets` knows which they are. Raises UserError.
 
     split may be None if there is only one.
@@ -31,25 +31,24 @@ def dataset_files(name: str, split: str | None) -> list[str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    by_hand = f"hf download {name} --repo-type dataset --local-dir FOLDER"
     try:
         if uses_modelscope():
-            folder = _from_modelscope(name, "dataset")
+            folder = _from_modelscope(name, "dataset", cache_dir)
         else:
-            folder = snapshot_download(name, repo_type="dataset", allow_patterns=[
+            folder = snapshot_download(name, repo_type="dataset", cache_dir=cache_dir, allow_patterns=[
                 "README.md", *(f"*{ending}" for ending in DATA_ENDINGS)])
     except RepositoryNotFoundError as error:
         raise UserError(f"{name} is no file or folder here, and no dataset of the Hugging Face Hub that you may read "
                         "(if it is private or gated: hf auth login)") from error
     except OSError as error:
         raise UserError(f"{name} is no file or folder here, and as a dataset of the Hugging Face Hub it cannot be had: "
-                        f"{first_line(error.__cause__ or error)}. Where there is a network, {by_hand}; then give that "
-                        "folder") from error
+                        f"{first_line(error.__cause__ or error)}. Where there is a network, hf download {name} "
+                        "--repo-type dataset --local-dir FOLDER; then give that folder") from error
     try:
         splits = load_dataset_builder(folder).config.data_files or {}
     except (OSError, ValueError) as error:
         raise UserError(f"which files of the dataset {name} are which split cannot be told: {first_line(error)}. "
-                        f"{by_hand}; then give its files") from error
+                        "Download it and give its files") from error
     if split is None and len(splits) == 1:
         [split] = splits
     if split not in splits:
@@ -58,7 +57,7 @@ def dataset_files(name: str, split: str | None) -> list[str]:
     return list(splits[split])
 
 
-def _from_modelscope(name, kind, cache_dir=None):
+def _from_modelscope(name, kind, cache_dir):
     try:
         from modelscope import snapshot_download
     except ImportError as error:
@@ -67,8 +66,8 @@ def _from_modelscope(name, kind, cache_dir=None):
     from huggingface_hub.constants import HF_HOME
     from huggingface_hub.utils import WeakFileLock
 
-    os.makedirs(HF_HOME, exist_ok=True)
     try:
+        os.makedirs(HF_HOME, exist_ok=True)
         with WeakFileLock(os.path.join(HF_HOME, "finetune_modelscope.lock")):  # ranks ask at once
             return snapshot_download(name, repo_type=kind, cache_dir=cache_dir)
     except Exception as error:  # its errors have no type in common

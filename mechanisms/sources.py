@@ -32,7 +32,7 @@ def data_files(words: list[str], of_hub: Callable[[str, str | None], list[str]] 
             word, share = match[1], float(match[2])
             found = _here(word, problems)
             if not share:
-                problems.append(f"{word}:{match[2]}: a share is more than 0 (0.3: less than a third, 2: twice)")
+                problems.append(f"{word}:{match[2]}: a share is more than 0, as in {word}:0.3 or {word}:2")
         name, _, split = word.partition(":")
         if found is None and _names_a_dataset(name):
             try:

@@ -52,10 +52,12 @@ def to_conversations(records: Iterable, problems: Problems, notices: dict, colum
             problems.add(place, bad.args[0], record)
 
 
-def check_records(paths: list[str], skip: int, columns: dict[str, str] | None = None) -> None:
+def check_records(words: list[str], skip: int, columns: dict[str, str] | None = None,
+                  cache_dir: str | None = None) -> None:
     """Read all files without a tokenizer. Raises UserError with their problems if there are more than `skip`."""
     problems = Problems()
-    for _ in to_conversations(read_files(find_files(paths, problems), problems), problems, Notices(), columns):
+    for _ in to_conversations(read_files(find_files(words, problems, cache_dir), problems), problems, Notices(),
+                              columns):
         pass
     problems.stop_or_skip(skip)
 
@@ -102,7 +104,7 @@ def times_taken(cache: TokenCache | TextCache, shares: dict[str, float]) -> np.n
     """How often each sample is taken: a share of 2.3 is all of a file twice and of its conversations 0.3, chosen by
     content, so that they are the same ones in any order."""
     counts, file_of = np.ones(len(cache), np.int64), cache.sample_places[:, 0]
-    # In another order than `split` takes them in: it would hold out none of the others.
+    # Not in the order in which `split` chooses: of a file with a share it would hold out far too much.
     mixed = cache.digests * np.uint64(0x9E3779B97F4A7C15)
     for number, share in enumerate(shares.values()):
         if share != 1:
@@ -134,7 +136,6 @@ def tokenize(files: Iterable[str], encoder: ConversationEncoder, report: DataRep
     must be known all the same: a byte-level tokenizer never makes more tokens than there are bytes, so only those with
     more bytes than the maximum length have to be tokenized to know.
     """
-
     files = list(files)
 
     def encode(records):

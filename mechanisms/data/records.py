@@ -2,6 +2,7 @@
 
 import codecs
 import collections
+import functools
 import json
 import os
 import re
@@ -128,9 +129,12 @@ class Problems:
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
-def find_files(words: list[str], problems: Problems) -> dict[str, float]:
-    """{data file: share of it to take} for words of --data_path, see `sources.data_files`, in a fixed order."""
-    files, missing = data_files(words, dataset_files)
+def find_files(words: list[str], problems: Problems, cache_dir: str | None = None) -> dict[str, float]:
+    """{data file: share of it to take} for words of --data_path, see `sources.data_files`, in a fixed order.
+
+    cache_dir: where downloaded datasets lie (default: Hugging Face's or ModelScope's).
+    """
+    files, missing = data_files(words, functools.partial(dataset_files, cache_dir=cache_dir))
     problems.fatal += missing
     return files
 
