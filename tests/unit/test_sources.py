@@ -205,3 +205,21 @@ def test_modelscope_without_its_package_is_one_line(monkeypatch):
     for look in (hubs.model_here, lambda name: hubs.dataset_files(name, None)):
         with pytest.raises(UserError, match="MODELSCOPE is set, .* pip install modelscope. Or unset MODELSCOPE"):
             look("me/model")
+
+
+def test_shares_and_columns_by_the_flags(make_model, tmp_path, capsys):
+    import finetune
+
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"q": "{number}", "a": "yes"}}\n' for number in range(10)))
+    (tmp_path / "b.csv").write_text("a,q\n" + "".join(f"no,{number}?\n" for number in range(10)))
+    words = ["--model_name_or_path", str(make_model()), "--output_dir", str(tmp_path / "out"), "--cache_dir",
+             str(tmp_path / "cache"), "--data_path", str(tmp_path / "a.jsonl"), f"{tmp_path}/b.csv:0.5", "--columns"]
+    tokenizer, train, _, reports = finetune.prepare([*words, "prompt=q,response=a"])
+    assert [tokenizer.decode(train[index]["input_ids"]).count("yes<|im_end|>") for index in range(len(train))] \
+        == [1] * 10 + [0] * 5
+    assert [source.records for source in reports["train"].sources] == [10, 5]
+    assert f"{tmp_path}/b.csv x 0.5  5 records, 5 samples, " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--columns promt=q: there is no 'promt' to fill"):
+        finetune.prepare([*words, "promt=q", "response=a"])
+    with pytest.raises(UserError, match="a column that --columns names is missing: 'x' for prompt; there are 'q', 'a'"):
+        finetune.prepare([*words, "prompt=x", "response=a"])
