@@ -67,7 +67,7 @@ def peak(process):
 def whole_run(path, model, folder, lazy):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "finetune.py",
                "--model_name_or_path", model, "--data_path", path, "--lazy_preprocess", str(lazy), "--dry_run",
-               "--per_device_train_batch_size", "1", "--model_max_length", "256", "--cache_dir", folder,
+               "--per_device_train_batch_size", "1", "--cache_dir", folder,
                "--output_dir", os.path.join(folder, "out"), "--ddp_timeout", "7200"]
     began, peaks = time.time(), {}
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
