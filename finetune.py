@@ -42,6 +42,7 @@ from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
+from mechanisms.data.shapes import parse_columns
 from mechanisms.data.template import KEEP
 from mechanisms.device import runs_on_cpu
 from mechanisms.errors import Checks, first_line
@@ -84,11 +85,15 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = field(default=None, metadata={
-        "help": "Training data: files, folders or globs; JSON Lines or arrays, CSV, TSV, parquet, arrow; also packed.",
+        "help": "Training data: files, folders, globs or names of datasets; PATH:0.3 takes a share, PATH:2 all of it "
+                "twice. JSON Lines or arrays, CSV, TSV, parquet, arrow; also packed.",
         "metavar": "PATH", "exists": "data", "missing": "which data to train on?"})
     eval_data_path: list[str] = field(default=None, metadata={
         "help": "Evaluation data, as --data_path; used at the end and per --eval_strategy.", "metavar": "PATH",
         "exists": "data"})
+    columns: list[str] = field(default=None, metadata={
+        "help": "Where the data have other names, which column is what, as prompt=question response=answer; others are "
+                "not used.", "metavar": "KEY=COLUMN"})
     eval_ratio: float = field(
         default=0.0, metadata={"help": "Share of the training data held out for evaluation, always the same records."})
     lazy_preprocess: bool = field(
@@ -248,6 +253,9 @@ def parse_arguments(argv):
     lora_args.init_lora_weights = lora_args.init_lora_weights.lower()  # peft's and YAML's is True
     if not data_args.data_path:
         problems.append("--data_path is missing: which data to train on?")
+    if data_args.columns:
+        data_args.columns, wrong = parse_columns(data_args.columns)
+        problems += wrong
     if not 0 <= data_args.eval_ratio < 1:
         problems.append(f"--eval_ratio {data_args.eval_ratio}: a share of the data, from 0 to below 1")
     if data_args.eval_ratio and data_args.eval_data_path:
@@ -313,7 +321,8 @@ def read_model_and_data(model_args, data_args, training_args, lora_args, checks)
         if tokenizer:
             datasets = prepare_datasets(data_args, training_args, tokenizer)
         else:
-            check_records([*data_args.data_path, *(data_args.eval_data_path or [])], data_args.skip_bad_rows)
+            check_records([*data_args.data_path, *(data_args.eval_data_path or [])], data_args.skip_bad_rows,
+                          data_args.columns, training_args.cache_dir)
     checks.stop()
     return config, tokenizer, *datasets
 
@@ -330,10 +339,10 @@ def prepare_datasets(data_args, training_args, tokenizer):
     tokenizer.init_kwargs |= {KEEP: data_args.keep_added_tokens}  # saved with the result, for chat.py
     problems, datasets, reports = Problems(), {}, {}
     for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
-        files = find_files(paths or [], problems)
+        files = find_files(paths or [], problems, training_args.cache_dir)
         if files:
             datasets[name], reports[name] = load_dataset(
-                files, encoder, training_args.cache_dir, data_args.lazy_preprocess,
+                files, encoder, training_args.cache_dir, data_args.lazy_preprocess, data_args.columns,
                 functools.partial(strategies.first_before_others, training_args))
             problems.extend(reports[name].problems)
     problems.stop_or_skip(data_args.skip_bad_rows)

@@ -14,6 +14,7 @@ kill there is no `merged-Int4`, or a whole one. A model that the rounding has br
 import sys
 from dataclasses import dataclass, field
 
+from mechanisms.data.shapes import parse_columns
 from mechanisms.errors import UserError, interrupts_end_at_once, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
 from mechanisms.paths import not_empty
@@ -31,6 +32,8 @@ class QuantizeArguments:
         "help": "Folder or Hugging Face Hub name of a 16- or 32-bit model.", "exists": "model"})
     data_path: list[str] = field(metadata={"help": "Calibration data, as finetune.py takes it.", "exists": "data"})
     out_path: str = field(metadata={"help": "Folder to make. It must not exist, or be empty."})
+    columns: list[str] = field(default=None, metadata={
+        "help": "Which column of the data is what, as finetune.py takes it.", "metavar": "KEY=COLUMN"})
     max_len: int = field(default=8192, metadata={"help": "Longer conversations are cut to this many tokens."})
     bits: int = field(default=4, metadata={"help": "Bits per weight: 8, 4, 3 or 2."})
     group_size: int = field(default=128, metadata={
@@ -46,6 +49,9 @@ def parse_arguments(argv):
     """argv -> QuantizeArguments. Raises UserError with everything that is wrong with them."""
     args, words = parse_into((QuantizeArguments,), argv)
     problems = [f"unexpected argument {word!r}" for word in words]
+    if args.columns:
+        args.columns, wrong = parse_columns(args.columns)
+        problems += wrong
     if args.bits not in LARGEST_RATIO:
         problems.append(f"--bits {args.bits}: GPTQ has {', '.join(map(str, LARGEST_RATIO))}")
     for name in ("max_len", "max_samples"):
@@ -155,8 +161,11 @@ def prepare_samples(args, tokenizer, problems):
     Raises UserError as finetune.py does, with every problem of the data.
     """
     encoder, notices = ConversationEncoder(tokenizer, args.max_len), Notices()
-    records = read_files(find_files(args.data_path, problems), problems)
-    conversations = to_conversations(records, problems, notices)
+    files = find_files(args.data_path, problems)
+    problems.fatal += [f"{path}:{share:g}: a share of a file is for training only. Give --max_samples"
+                       for path, share in files.items() if share != 1]
+    records = read_files(files, problems)
+    conversations = to_conversations(records, problems, notices, args.columns)
     distinct = {}
     for place, conversation in counted(conversations, "reading", "records"):
         distinct.setdefault(conversation.digest, (place, conversation))

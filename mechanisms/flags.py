@@ -25,8 +25,9 @@ from mechanisms.config_file import CONFIG_FILE, VARIABLE, read_config
 from mechanisms.declarations import METADATA, PUBLIC, TRAINER, Flag, print_help, read_flags
 from mechanisms.errors import UserError
 from mechanisms.hints import what_to_write
-from mechanisms.paths import could_be_on_the_hub, data_files, deepspeed_file, model_folder
+from mechanisms.paths import could_be_on_the_hub, deepspeed_file, model_folder
 from mechanisms.refusals import LIMITS, NEEDS, OTHERS, REFUSED
+from mechanisms.sources import data_files
 
 # Flags of the original scripts that transformers 5 knows under another name. They are read as the new name, and said.
 RENAMED = {"evaluation_strategy": "eval_strategy",

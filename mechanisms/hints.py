@@ -13,6 +13,8 @@ FLAGS = {
     "--data_path FILE": """data dataset datasets dataset_path dataset_name dataset_dir data_dir data_file data_files
         train_file train_files train_data train_dataset train_path training_data custom_dataset_path
         custom_train_dataset_path d""",
+    "--columns, as in --columns prompt=question response=answer": """prompt_column response_column field_messages
+        column_mapping input_column output_column messages_field field_instruction field_output""",
     "--eval_data_path FILE": """eval_dataset eval_data eval_file eval_path val_data val_dataset val_file validation_data
         validation_file test_file custom_val_dataset_path""",
     "--eval_ratio": """val_size val_set_size val_ratio validation_split validation_split_percentage
@@ -94,7 +96,7 @@ NO_FLAG = {
     "leave it out, all cores are used": "preprocessing_num_workers dataset_num_proc num_proc dataset_processes",
     "leave it out, the tokens are made again when the data change": "overwrite_cache load_from_cache_file",
     "leave it out, the shape of each record is recognised": """dataset_text_field dataset_format data_format
-        dataset_type formatting prompt_column response_column columns field_messages""",
+        dataset_type formatting""",
     "leave it out, this program does supervised fine-tuning only": "stage task task_type rlhf_type rl",
     "leave it out, the result is always written as safetensors": "save_safetensors safe_serialization",
     "leave it out, the losses are in trainer_state.json of the result": "plot_loss",
