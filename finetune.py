@@ -154,6 +154,8 @@ class TrainingArguments(transformers.TrainingArguments):
     trained_weights: Literal["auto", "fp32", "bf16"] = field(default="auto", metadata={
         "help": "How full fine-tuning holds weights: in fp32 (16 bytes each with gradient and optimizer), or in bf16 "
                 "with stochastic rounding and 8-bit moments (6 bytes). auto: in bf16 where fp32 does not fit."})
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={
+        "help": "Precision in which full fine-tuning saves its result. auto: that of the base model."})
     activation_checkpointing: Literal["True", "False", "auto"] = field(default="auto", metadata={
         "help": "Compute activations twice instead of keeping them, which takes a third more time. auto: only where "
                 "they would not fit into the memory.",
@@ -279,6 +281,9 @@ def parse_arguments(argv):
     problems += trials.failing(training_args)
     if training_args.trained_weights == "bf16":
         problems += frugal.problems(training_args)
+    if training_args.save_dtype != "auto" and (training_args.deepspeed or training_args.fsdp or training_args.use_lora):
+        problems.append(f"--save_dtype {training_args.save_dtype}: adapters are saved as they are, and what DeepSpeed "
+                        "and FSDP gather in the precision of computation. Leave it out")
     if problems:
         raise UserError("\n       ".join(problems))
     return model_args, data_args, training_args, lora_args
@@ -558,6 +563,7 @@ def run(model_args, data_args, training_args, lora_args):
 
     if training_args.auto_checkpointing or plan.setup.frugal:
         say(f"note: {why}")
+    published_dtype = config.dtype
     wrapped = is_wrapped(model_args.model_name_or_path, training_args.cache_dir)
     whole = wrapped and not (training_args.use_lora or training_args.text_only)
     with fitting.running_out_is_told(plan, training_args.output_dir):
@@ -582,6 +588,9 @@ def run(model_args, data_args, training_args, lora_args):
             return dry_run.prove(trainer, eval_dataset)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         evaluated = trainer.evaluate_result() if eval_dataset else {}
+    if not (training_args.use_lora or training_args.deepspeed or training_args.fsdp):
+        asked = training_args.save_dtype
+        trainer.convert(published_dtype if asked == "auto" else getattr(torch, asked))
     trainer.save_result()
     say(*summary.after_training(trainer, result, evaluated, prompt_note, wrapped))
     return trainer

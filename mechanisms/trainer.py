@@ -383,6 +383,11 @@ class SafeTrainer(Trainer):
         super()._load_best_model()
         self._load_renamed(self.state.best_model_checkpoint)
 
+    def convert(self, dtype):
+        """Hold the weights in another dtype, to save them so; training is over."""
+        for weight in self.model.parameters():
+            weight.data = weight.data.to(dtype)
+
     def save_result(self):
         """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""
         self._check_weights()

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
+from finetune import parse_arguments
 from mechanisms.errors import UserError
 from mechanisms.frugal import SMALL, SeededAdamW
 from tests.runs.test_batches import logged
@@ -34,8 +37,7 @@ def test_small_updates_move_weights_on_average():
 
 def test_weights_are_held_in_bf16_and_learn_as_in_fp32(train):
     frugal = train(*BF16, "--max_steps", 12)
-    for name, weight in frugal.model.named_parameters():
-        assert weight.dtype == (torch.bfloat16 if weight.numel() >= SMALL else torch.float32), name
+    for weight in frugal.model.parameters():
         if weight.numel() >= SMALL:
             moments = [frugal.optimizer.state[weight][moment] for moment in ("exp_avg", "exp_avg_sq")]
             assert sum(each.codes.nbytes + each.scale.nbytes for each in moments) < 2.1 * weight.numel()
@@ -58,6 +60,26 @@ def test_a_resumed_run_is_one_that_was_never_stopped_and_auto_keeps_to_its_weigh
     (["--bf16", "--use_lora"], "is for full fine-tuning"), ([], "needs --bf16"),
     (["--bf16", "--optim", "adamw_8bit"], "has its own optimizer"),
     (["--bf16", "--deepspeed", "ds_config_zero2.json"], "has no effect under DeepSpeed")])
-def test_where_it_makes_no_sense_it_is_refused(train, flags, words):
+def test_where_it_makes_no_sense_it_is_refused(flags, words):
     with pytest.raises(UserError, match=words):
-        train("--trained_weights", "bf16", *flags)
+        parse_arguments(["--data_path", "x.jsonl", "--trained_weights", "bf16", *flags])
+
+
+@pytest.mark.parametrize("flags, dtype", [
+    ([], torch.float32), (["--save_dtype", "bfloat16"], torch.bfloat16),
+    (["--bf16", "--trained_weights", "bf16"], torch.float32)])
+def test_results_are_saved_in_the_precision_of_the_base_or_that_asked_for(train, tmp_path, flags, dtype):
+    """Of the tiny model that is fp32; checkpoints keep what is trained."""
+    trainer = train("--max_steps", 2, "--save_strategy", "steps", "--save_steps", 2, *flags)
+    result = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert result.dtype == dtype
+    for name, weight in trainer.model.named_parameters():
+        assert weight.dtype == dtype and torch.equal(result.get_parameter(name), weight)
+    with safe_open(tmp_path / "out/checkpoint-2/model.safetensors", "pt") as tensors:
+        kept = {str(tensors.get_tensor(name).dtype) for name in tensors.keys()}
+    assert kept == ({"torch.float32", "torch.bfloat16"} if "--trained_weights" in flags else {"torch.float32"})
+
+
+def test_a_precision_that_would_have_no_effect_is_refused():
+    with pytest.raises(UserError, match="adapters are saved as they are"):
+        parse_arguments(["--data_path", "x.jsonl", "--use_lora", "--save_dtype", "bfloat16"])
