@@ -73,6 +73,7 @@ class SafeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.run, self.card, self.wrapper = run, card, wrapper
         self.data_collator = CollateNumbered(self.data_collator)
+        self.tokens_here = 0  # of this rank, not yet in the Trainer's state
         self.step_batches = []  # of the step being made: (numbers of the items, loss) of each batch
         self.skipped_steps = 0  # by the loss scaler of fp16
         self.failure = self.saved_step = None  # why this rank could not write; the step of the newest checkpoint
@@ -166,6 +167,19 @@ class SafeTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_batches.append((numbers, loss))
         return loss
+
+    def _track_num_input_tokens(self, inputs):
+        self.tokens_here += inputs["input_ids"].numel()
+
+    def _add_tokens(self):
+        """Where the number is read: Trainer itself asks all ranks in every batch, and each waits for its GPU then."""
+        here = torch.tensor(self.tokens_here, device=self.args.device)
+        self.state.num_input_tokens_seen += self.accelerator.reduce(here).item()
+        self.tokens_here = 0
+
+    def log(self, logs, start_time=None):
+        self._add_tokens()
+        super().log(logs, start_time)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Trainer calls this before it makes a step. DeepSpeed has made it by now, or not if the norm is not finite."""
@@ -333,6 +347,7 @@ class SafeTrainer(Trainer):
         step, out = self.state.global_step, self.args.output_dir
         if self.saved_step == step:  # asked for twice at one step
             return
+        self._add_tokens()
         self._check_weights()
         by_first_rank(lambda: check_still_mine(out))
         folder = os.path.join(out, f"checkpoint-{step}")
