@@ -172,13 +172,15 @@ def start_from_weights(model, start):
     from peft.tuners.lora import Linear, LoraLayer
     from peft.utils.integrations import gather_params_ctx
 
+    rank = model.peft_config["default"].r // 2
+    say(f"note: --init_lora_weights {start}: the adapters have a rank of {2 * rank}; one half is trained, the other "
+        "subtracts from the weights what that begins as")
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         if type(layer) is not Linear:
             raise UserError(f"--init_lora_weights {start}: only linear layers have such a start, and {name} is none")
-        rank, weight = layer.r["default"] // 2, layer.get_base_layer().weight
-        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        down, up, weight = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.get_base_layer().weight
         dtype = down.dtype
         with gather_params_ctx(weight, modifier_rank=None):
             whole = weight.data.clone()

@@ -28,6 +28,10 @@ STRATEGIES = {"one process": None, "DDP": None, "ZeRO-2": "ds_config_zero2.json"
 REFUSED = {("ZeRO-3", "Q-LoRA"), ("ZeRO-3 offload", "Q-LoRA")}  # the library cannot shard quantized weights
 STEPS = 10
 RESUMED = ("full, chat", "LoRA, base")
+# An adapter that begins as a part of weights which ZeRO-3 has shared out, and whose second half is not trained.
+FROM_WEIGHTS = {"PiSSA, chat": ["--use_lora", *LORA, "--init_lora_weights", "pissa", "--weight_decay", "0"],
+                "OLoRA and DoRA, chat": ["--use_lora", *LORA, "--init_lora_weights", "olora", "--use_dora",
+                                         "--weight_decay", "0"]}
 OTHER_RUNS = {"learning_rate": "1e-5", "model_name_or_path": None, "lora_alpha": "64", "lora_r": "16"}  # not resumed
 
 
@@ -64,6 +68,11 @@ class Matrix(dict):
                 out = self.folder / f"{strategy} {method} {kind}"
                 cells[f"{method}, {kind}"] = {"argv": cell_argv(strategy, method, model, out, self.cache_dir),
                                               "out": str(out)}
+        if strategy in ("one process", "ZeRO-2", "ZeRO-3"):
+            for name, flags in FROM_WEIGHTS.items():
+                out = self.folder / f"{strategy} {name}"
+                argv = cell_argv(strategy, "LoRA", self.models["chat"], out, self.cache_dir)
+                cells[name] = {"argv": [*argv, *flags], "out": str(out)}
         for name in RESUMED:
             last = Path(cells[name]["out"]) / f"checkpoint-{STEPS}"
             cells[name + ", resumed"] = {**cells[name], "remove": [str(last)]}
@@ -129,6 +138,15 @@ def test_memory_is_counted_as_it_is_held(matrix, strategy, method, kind):
     if (strategy, method) not in REFUSED:
         result = matrix[strategy][f"{method}, {kind}"]
         assert result["counted"] == pytest.approx(result["held"], rel=0.01)
+
+
+@pytest.mark.parametrize("cell", FROM_WEIGHTS)
+@pytest.mark.parametrize("strategy", ["ZeRO-2", "ZeRO-3"])
+def test_adapters_begin_as_the_same_part_of_weights_that_are_shared_out(matrix, strategy, cell):
+    found, alone = (numbers(matrix[each][cell]) for each in (strategy, "one process"))
+    assert found == [pytest.approx(step, rel=1e-4) for step in alone]
+    plain = numbers(matrix[strategy]["LoRA, chat"])
+    assert found[0][0] == pytest.approx(plain[0][0], rel=1e-5) and found[-1][0] != pytest.approx(plain[-1][0], rel=1e-4)
 
 
 def expected_rates():
