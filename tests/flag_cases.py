@@ -328,7 +328,9 @@ class Runner:
 def result_of(run, name, case):
     """(whether the flag has its effect, what there is to say)."""
     try:
-        works = case.has_effect(run(case.words), run.plain)
+        done = run(case.words)
+        with contextlib.redirect_stdout(io.StringIO()):  # of an evaluation
+            works = case.has_effect(done, run.plain)
     except UserError as error:
         return False, f"refused: {error}"
     return bool(works), "has its effect" if works else "has no effect"

@@ -26,6 +26,11 @@ def test_a_flag_has_its_effect(run, name):
     assert flag_cases.result_of(run, name, flag_cases.CASES[name]) == (True, "has its effect")
 
 
+def test_a_flag_without_an_effect_is_seen(run):
+    for effect in (flag_cases.other_losses, flag_cases.other_weights, flag_cases.other_rates):
+        assert flag_cases.result_of(run, "seed", flag_cases.Case("--seed 42", effect)) == (False, "has no effect")
+
+
 @pytest.mark.parametrize("words", ["--neftune_noise_alpha 5", "--lr_scheduler_type warmup_stable_decay", "--seed -1"])
 def test_a_refusal_comes_before_the_data_are_read(run, words):
     assert words.split()[0] in run.refusal(words)
@@ -45,9 +50,10 @@ def test_fewer_samples_than_a_batch_are_never_all_dropped(run, monkeypatch):
         run("--dataloader_drop_last --per_device_train_batch_size 1000")
 
 
-def test_a_smoothed_loss_is_the_same_with_and_without_all_logits(run, monkeypatch):
+@pytest.mark.parametrize("method", ["", "--use_lora --lora_dropout 0"])
+def test_a_smoothed_loss_is_the_same_with_and_without_all_logits(run, method, monkeypatch):
     """With an adapter on the output layer, the logits of the labelled positions are all there."""
-    words = "--label_smoothing_factor 0.2 --learning_rate 0"
+    words = f"--label_smoothing_factor 0.2 --learning_rate 0 {method}"
     here = run(words)
     monkeypatch.setattr("mechanisms.trainer.output_linear", lambda model: None)
     full = run(words)

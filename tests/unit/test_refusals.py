@@ -1,6 +1,7 @@
 """Flags that would not do what they say are refused by name, all at once, before the data are read."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -183,6 +184,14 @@ def test_an_optimizer_that_fails_here_is_refused_whatever_it_says(monkeypatch):
 ])
 def test_flags_that_the_optimizer_or_schedule_does_not_use_are_said(words, expected):
     assert trials.without_effect(parse(words)) == expected
+
+
+def test_the_optimizer_and_scheduler_of_a_deepspeed_config_are_not_tried_here():
+    args = parse("--optim sgd --adam_beta2 0.95 --lr_scheduler_type constant --warmup_steps 3")
+    args.optim_args, args.lr_scheduler_kwargs = "wrong=1", {"wrong": 1}
+    assert len(trials.failing(args)) == len(trials.without_effect(args)) == 2
+    args.deepspeed, args.hf_deepspeed_config = "own.json", SimpleNamespace(config={"optimizer": {}, "scheduler": {}})
+    assert trials.failing(args) == trials.without_effect(args) == []
 
 
 def test_everything_that_is_wrong_with_the_arguments_is_named_at_once():
