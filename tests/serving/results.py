@@ -4,8 +4,15 @@ import base64
 import json
 
 import torch
-from safetensors.torch import save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3_5Config,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import finetune
@@ -44,6 +51,42 @@ def make_model(folder, yarn=False, **options):
         config["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
         config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     path.write_text(json.dumps(config))
+    return folder
+
+
+def make_hybrid(folder):
+    """A tiny Qwen3.5 in its wrapper, with random weights: a vision tower and a tensor of an MTP layer beside the text.
+
+    Heads have the sizes for which vLLM has kernels on a CPU.
+    """
+    plain = make_tiny_model(folder.with_name(folder.name + "-plain"), example_texts(), hidden_size=WIDTH)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    vision = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_tokens(vision, special_tokens=True)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(vision)
+    torch.manual_seed(0)
+    text = {"vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": WIDTH, "num_hidden_layers": 4,
+            "intermediate_size": 2 * WIDTH, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
+            "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128, "max_position_embeddings": 2048, "initializer_range": WIDTH ** -0.5,
+            "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+            "tie_word_embeddings": False}
+    tower = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": WIDTH,
+             "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    model = AutoModelForImageTextToText.from_config(Qwen3_5Config(
+        text_config=text, vision_config=tower, tie_word_embeddings=False, image_token_id=image, video_token_id=video,
+        vision_start_token_id=start, vision_end_token_id=end), dtype=torch.bfloat16)
+    model.generation_config = GenerationConfig.from_pretrained(plain)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), "mtp.fc.weight": torch.randn(WIDTH, 2 * WIDTH).bfloat16()}, file, {"format": "pt"})
+    pixels = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen3VLProcessor",
+              "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 4096, "longest_edge": 65536}}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**pixels, "image_processor_type": "Qwen2VLImageProcessorFast"}))
+    (folder / "video_preprocessor_config.json").write_text(
+        json.dumps({**pixels, "video_processor_type": "Qwen3VLVideoProcessor"}))
     return folder
 
 
@@ -102,11 +145,15 @@ def make_results(root):
     run_gptq.run(["--model_name_or_path", str(merged), "--data_path", str(data), "--out_path", str(root / "gptq"),
                   "--group_size", "32"])
     qwen1 = convert_if_qwen1(str(make_qwen1(root / "Qwen-tiny-Chat")), str(root / "cache"))
+    hybrid = make_hybrid(root / "tiny-hybrid")
     return {"base, full": train("base-full", base, *full), "chat, full": train("chat-full", chat, *full),
             "chat with YaRN, full": train("yarn-full", make_model(root / "tiny-yarn", yarn=True), *full),
             "adapter": adapter, "merged LoRA": merged,
             "merged Q-LoRA": merge(train("q-lora", base, "--q_lora", *lora)), "GPTQ, 4 bits": root / "gptq",
-            "Qwen-1, full": train("qwen1-full", qwen1, *full)}
+            "Qwen-1, full": train("qwen1-full", qwen1, *full),
+            "hybrid whole, full": train("hybrid-full", hybrid, *full),
+            "hybrid whole, merged LoRA": merge(train("hybrid-adapter", hybrid, *lora)),
+            "hybrid text-only, full": train("hybrid-text", hybrid, *full, "--text_only")}
 
 
 @torch.inference_mode()
@@ -127,7 +174,7 @@ def describe(folder):
             if adapter.exists() else None,
             "ids": [tokenizer(text)["input_ids"] for text in texts()], "prompts": prompts, "prompt_ids": ids,
             "end": tokenizer.eos_token, "frequencies": rope.inv_freq.tolist(), "scaling": rope.attention_scaling,
-            "dtype": str(model.dtype), "answers": said}
+            "dtype": str(model.dtype), "hybrid": model.config.model_type.startswith("qwen3_5"), "answers": said}
 
 
 def write_results(root):
