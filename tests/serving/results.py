@@ -119,41 +119,50 @@ def make_qwen1(folder):
     return folder
 
 
-def make_results(root):
-    """Train, merge, quantize -> {kind: folder}, all below the Path `root`."""
+FULL = "--learning_rate", "3e-3"
+LORA = "--use_lora", "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0, "--learning_rate", "2e-2"
+
+
+def train(root, name, model, *flags):
+    """The folder `name` below the Path `root`: what becomes of the model when it is taught."""
     data = root / "taught.jsonl"
     data.write_text("\n".join(json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]})
                               for messages, answer in TAUGHT))
+    finetune.train(prepare_command_line(finetune.__file__, [str(word) for word in (
+        "--model_name_or_path", model, "--data_path", data, "--output_dir", root / name,
+        "--cache_dir", root / "cache", "--max_steps", 60, "--save_strategy", "no", "--logging_steps", 60,
+        "--per_device_train_batch_size", 4, "--warmup_steps", 0.1, "--model_max_length", 512, *flags)]))
+    return root / name
 
-    def train(name, model, *flags):
-        finetune.train(prepare_command_line(finetune.__file__, [str(word) for word in (
-            "--model_name_or_path", model, "--data_path", data, "--output_dir", root / name,
-            "--cache_dir", root / "cache", "--max_steps", 60, "--save_strategy", "no", "--logging_steps", 60,
-            "--per_device_train_batch_size", 4, "--warmup_steps", 0.1, "--model_max_length", 512, *flags)]))
-        return root / name
 
-    def merge(adapter):
-        merged = root / f"{adapter.name}-merged"
-        merge_lora.merge(["--adapter_path", str(adapter), "--output_dir", str(merged)])
-        return merged
+def merge(adapter):
+    """The folder beside the adapter's that it is merged into."""
+    merged = adapter.with_name(f"{adapter.name}-merged")
+    merge_lora.merge(["--adapter_path", str(adapter), "--output_dir", str(merged)])
+    return merged
 
-    full = "--learning_rate", "3e-3"
-    lora = "--use_lora", "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0, "--learning_rate", "2e-2"
+
+def make_results(root):
+    """Train, merge, quantize -> {kind: folder}, all below the Path `root`."""
     base, chat = make_model(root / "tiny-base", base=True), make_model(root / "tiny-chat")
-    adapter = train("adapter", chat, *lora)
+    adapter = train(root, "adapter", chat, *LORA)
     merged = merge(adapter)
-    run_gptq.run(["--model_name_or_path", str(merged), "--data_path", str(data), "--out_path", str(root / "gptq"),
-                  "--group_size", "32"])
+    run_gptq.run(["--model_name_or_path", str(merged), "--data_path", str(root / "taught.jsonl"),
+                  "--out_path", str(root / "gptq"), "--group_size", "32"])
     qwen1 = convert_if_qwen1(str(make_qwen1(root / "Qwen-tiny-Chat")), str(root / "cache"))
-    hybrid = make_hybrid(root / "tiny-hybrid")
-    return {"base, full": train("base-full", base, *full), "chat, full": train("chat-full", chat, *full),
-            "chat with YaRN, full": train("yarn-full", make_model(root / "tiny-yarn", yarn=True), *full),
+    return {"base, full": train(root, "base-full", base, *FULL), "chat, full": train(root, "chat-full", chat, *FULL),
+            "chat with YaRN, full": train(root, "yarn-full", make_model(root / "tiny-yarn", yarn=True), *FULL),
             "adapter": adapter, "merged LoRA": merged,
-            "merged Q-LoRA": merge(train("q-lora", base, "--q_lora", *lora)), "GPTQ, 4 bits": root / "gptq",
-            "Qwen-1, full": train("qwen1-full", qwen1, *full),
-            "hybrid whole, full": train("hybrid-full", hybrid, *full),
-            "hybrid whole, merged LoRA": merge(train("hybrid-adapter", hybrid, *lora)),
-            "hybrid text-only, full": train("hybrid-text", hybrid, *full, "--text_only")}
+            "merged Q-LoRA": merge(train(root, "q-lora", base, "--q_lora", *LORA)), "GPTQ, 4 bits": root / "gptq",
+            "Qwen-1, full": train(root, "qwen1-full", qwen1, *FULL)}
+
+
+def make_hybrids(root):
+    """As `make_results`, of a Qwen3.5 in its wrapper."""
+    hybrid = make_hybrid(root / "tiny-hybrid")
+    return {"hybrid whole, full": train(root, "hybrid-full", hybrid, *FULL),
+            "hybrid whole, merged LoRA": merge(train(root, "hybrid-adapter", hybrid, *LORA)),
+            "hybrid text-only, full": train(root, "hybrid-text", hybrid, *FULL, "--text_only")}
 
 
 @torch.inference_mode()
@@ -177,10 +186,11 @@ def describe(folder):
             "dtype": str(model.dtype), "hybrid": model.config.model_type.startswith("qwen3_5"), "answers": said}
 
 
-def write_results(root):
+def write_results(root, hybrids=False):
     """Everything below the Path `root`, described in its expected.json."""
     root.mkdir(parents=True, exist_ok=True)
-    found = {kind: describe(folder) for kind, folder in make_results(root).items()}
+    made = make_results(root) | (make_hybrids(root) if hybrids else {})
+    found = {kind: describe(folder) for kind, folder in made.items()}
     for kind, result in found.items():
         assert result["answers"] == [answer for _, answer in TAUGHT], f"{kind} was not taught: {result['answers']}"
     (root / "expected.json").write_text(json.dumps({
