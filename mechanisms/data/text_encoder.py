@@ -15,12 +15,12 @@ from mechanisms.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# How the tokenizers of Qwen 1 to 3 cut a text into the words that BPE then works on.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
-         r"|\s+")
-BEFORE_BPE = {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-    {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False},
-    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}}
+# How the tokenizers of Qwen cut a text into the words that BPE then works on: 1 to 3, and from 3.5 on, where combining
+# marks are part of words.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+")
 PLAIN_BPE = {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False, "ignore_merges": False,
              "continuing_subword_prefix": "", "end_of_word_suffix": ""}
 FLAGS = "lstrip", "rstrip", "single_word", "normalized"  # of an added token: it is not found just where it is written
@@ -90,27 +90,39 @@ class TextEncoder:
         return self.tiktoken.encode(text, allowed_special="all", disallowed_special=())
 
     def prepare_tiktoken(self) -> None:
-        """Spend a second on making texts several times faster to encode, if the tokenizer's rules are Qwen's."""
+        """Spend a second or two on making texts several times faster to encode, if the tokenizer's rules are Qwen's."""
         if self.tiktoken:  # the training data had it done, and the evaluation data is much too
             return
         rules = json.loads(self.rust.to_str())
-        if not ordinary(rules):
+        pattern = words_of(rules)
+        if not pattern:
             return
         added = {token["content"]: token["id"] for token in rules["added_tokens"]}
         ranks = same_ranks(self.rust.model, rules["model"], added)
         if ranks:
-            self.tiktoken = tiktoken.Encoding("the same", pat_str=WORDS, special_tokens=added, mergeable_ranks=ranks)
+            self.tiktoken = tiktoken.Encoding("the same", pat_str=pattern, special_tokens=added, mergeable_ranks=ranks)
             self.beginning = functools.lru_cache(100)(self.tiktoken_ids)  # mostly a system prompt, that of thousands
 
 
-def ordinary(rules: dict) -> bool:
-    """Whether these rules (tokenizer.json) are Qwen's but for the words that were learned and the tokens added."""
+def words_of(rules: dict) -> str | None:
+    """The one of WORDS in these rules (tokenizer.json), if all others are Qwen's too but for the words that were
+    learned and the tokens added."""
     added = [token["content"] for token in rules["added_tokens"]]
     if any(token[flag] for token in rules["added_tokens"] for flag in FLAGS) or "<|im_end|>" not in added:
-        return False
+        return None
     if any("<" in token[1:] or one != token and one in token for token in added for one in added):
-        return False  # two could begin in the same place of a text, or one inside another
-    return BEFORE_BPE.items() <= rules.items() and PLAIN_BPE.items() <= rules["model"].items()
+        return None  # two could begin in the same place of a text, or one inside another
+    if not PLAIN_BPE.items() <= rules["model"].items():
+        return None
+    return next((words for words in WORDS for trim in (True, False)
+                 if before_bpe(words, trim).items() <= rules.items()), None)
+
+
+def before_bpe(words: str, trim_offsets: bool) -> dict:
+    """What Qwen's rules say of a text before BPE. (Offsets are where a token stood: they change no id.)"""
+    return {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": trim_offsets, "use_regex": False}]}}
 
 
 def same_ranks(bpe: BPE, rules: dict, added: dict[str, int]) -> dict[bytes, int] | None:
