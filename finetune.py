@@ -218,8 +218,6 @@ def parse_arguments(argv):
     if data_args.packing and data_args.lazy_preprocess:
         problems.append("--packing and --lazy_preprocess exclude each other: rows are filled by the samples' lengths, "
                         "which are not known before they are tokenized")
-    if training_args.model_max_length < 1:
-        problems.append(f"--model_max_length {training_args.model_max_length}: at least 1")
     if not training_args.use_lora:
         problems += [f"--{lora_field.name} has no effect without --use_lora or --q_lora"
                      for lora_field, default in zip(dataclasses.fields(LoraArguments),
