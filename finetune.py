@@ -270,8 +270,6 @@ def parse_arguments(argv):
     if training_args.text_only and training_args.use_lora:
         problems.append("--text_only has no effect on an adapter, which is of the text part alone: give it to "
                         "merge_lora.py")
-    if training_args.model_max_length < 1:
-        problems.append(f"--model_max_length {training_args.model_max_length}: at least 1")
     if not training_args.use_lora:
         problems += [f"--{lora_field.name} has no effect without --use_lora or --q_lora"
                      for lora_field, default in zip(dataclasses.fields(LoraArguments),

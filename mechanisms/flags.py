@@ -296,7 +296,9 @@ def _refused(entry, last, flags):
         name = name.removeprefix("no_")
     plain = _is_default(flags[name], value)
     for row in REFUSED:
-        if name in row.flags.split() and (value in row.values or row.values == OTHERS and not plain):
+        refused = value in row.values or row.values == OTHERS and not plain
+        beside = not row.beside or any(_is_given(other, last, flags) for other in row.beside)
+        if name in row.flags.split() and refused and beside:
             problems.append(f"{entry} {value}: {row.why}" if row.values else f"{entry}: {row.why}")
     for fits, words, limit, names in LIMITS:
         if name in names.split() and not plain and not fits(float(value), limit):

@@ -116,10 +116,10 @@ def training_state(setup):
 def optimizer_bytes(optim, optim_args=None):
     """Bytes that the optimizer of --optim and --optim_args holds per trained weight; None: not known here.
 
-    From the sources of torch, transformers, bitsandbytes and torchao: numbers per weight, in fp32 or in 8 or 4 bits and
-    one fp32 scale for 256 of them (tensors below 4,096 stay in fp32). Adam has two moments, AdEMAMix three, Lion,
-    Adagrad and RMSprop one, SGD none; SGD and RMSprop have one more with momentum. Adafactor's sums of rows and columns
-    are next to nothing.
+    From the sources of torch, transformers and bitsandbytes: numbers per weight, in fp32 or in 8 bits and one fp32
+    scale for 256 of them (tensors below 4,096 stay in fp32). Adam has two moments, AdEMAMix three, Lion, Adagrad and
+    RMSprop one, SGD none; SGD and RMSprop have one more with momentum. Adafactor's sums of rows and columns are next to
+    nothing.
     """
     numbers = {"adam": 2, "ademamix": 3, "lion": 1, "adagrad": 1, "rmsprop": 1, "sgd": 0, "adafactor": 0}
     name = next((name for name in numbers if optim.removeprefix("paged_").startswith(name)), None)

@@ -16,11 +16,13 @@ class Refused(NamedTuple):
     flags: str
     values: tuple  # OTHERS, or the values that are refused
     why: str
+    beside: tuple = ()  # only where one of these is given as well
 
 
 REFUSED = (
     Refused("do_train", ("False",), "finetune.py always trains; chat.py answers, and --eval_data_path measures"),
-    Refused("do_eval", ("False",), "evaluated is what --eval_data_path or --eval_ratio gives: leave these out"),
+    Refused("do_eval", ("False",), "evaluated is what --eval_data_path or --eval_ratio gives: leave these out",
+            beside=("--eval_data_path", "--eval_ratio")),
     Refused("do_predict", OTHERS, "answers are not written here: use chat.py"),
     Refused("max_steps", ("0",), "leave it out to train --num_train_epochs"),
     # The network and its loss
@@ -79,7 +81,7 @@ REFUSED = (
     Refused("restore_callback_states_from_checkpoint", OTHERS,
             "all that a resumed run needs is restored anyway, and a request to stop must not be: leave it out"),
     Refused("push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision", OTHERS,
-            "nothing is uploaded during training: when it is done, hf upload NAME OUTPUT_DIR"),
+            "nothing is uploaded during training: when it is done, hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'"),
     Refused("debug", ("tpu_metrics_debug",), "it is for TPUs: leave it out"),
 )
 

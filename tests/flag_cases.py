@@ -243,18 +243,19 @@ REFUSED_HERE = {"fp16": "--fp16", "tf32": "--tf32 True", "use_liger_kernel": "--
 ELSEWHERE = {"deepspeed": "tests/ranks/test_strategies.py", "resume_from_checkpoint": "tests/runs/test_resume.py"}
 
 
-def refused_values():
-    """Yields (flag, a value that refusals.py refuses)."""
-    for row in refusals.REFUSED:
+def refused_values(rows=refusals.REFUSED):
+    """Yields (flag, a value that refusals.py refuses, words that give it)."""
+    for row in rows:
+        beside = f" {row.beside[-1]} 0.5" if row.beside else ""
         for name in row.flags.split():
             for value in row.values or [other_value(FLAGS[name])]:
-                yield name, value
+                yield name, value, f"--{name} {value}{beside}"
 
 
 def all_cases():
     """Yields (flag, Case) of everything that works."""
     yield from CASES.items()
-    refused = set(refused_values())
+    refused = {(name, value) for name, value, _ in refused_values()}
     for name, (needs, has_effect) in CHOICES.items():
         for value in FLAGS[name].choices:
             if (name, value) not in refused and value not in (FLAGS[name].default, "adamw_torch_fused"):
@@ -340,7 +341,7 @@ def sweep(run):
     """Yields (flag, words, whether it is as it should be, what there is to say)."""
     for name, case in all_cases():
         yield name, case.words, *result_of(run, name, case)
-    words_of = [*((name, f"--{name} {value}") for name, value in refused_values()),
+    words_of = [*((name, words) for name, _, words in refused_values()),
                 *(REFUSED_HERE.items() if not torch.cuda.is_available() else ())]
     for name, words in words_of:
         said = run.refusal(words)

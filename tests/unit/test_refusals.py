@@ -49,10 +49,8 @@ def test_tables_name_flags_and_values_that_there_are():
 
 @pytest.mark.parametrize("row", refusals.REFUSED, ids=lambda row: row.flags.split()[0])
 def test_each_refused_value_is_named_with_the_reason(row):
-    for name in row.flags.split():
-        for value in row.values or [flag_cases.other_value(FLAGS[name])]:
-            [line] = problems(f"--{name} {value}")
-            assert line == (f"--{name} {value}: {row.why}" if row.values else f"--{name}: {row.why}")
+    for name, value, words in flag_cases.refused_values([row]):
+        assert problems(words) == [f"--{name} {value}: {row.why}" if row.values else f"--{name}: {row.why}"]
 
 
 def test_what_is_refused_may_be_given_with_its_default():
@@ -66,6 +64,11 @@ def test_a_flag_without_a_value_and_one_with_no_in_front_are_values_too():
     assert problems("--torch_compile")[0].startswith("--torch_compile: the network is not tested compiled")
     assert problems("--no_average_tokens_across_devices")[0].startswith("--no_average_tokens_across_devices: the loss")
     assert problems("--do_train no")[0].startswith("--do_train False: finetune.py always trains")
+
+
+def test_a_refusal_may_depend_on_another_flag():
+    parse("--do_eval False")
+    assert problems("--do_eval False --eval_ratio 0.1")[0].startswith("--do_eval False: evaluated is")
 
 
 def test_the_last_value_counts():
