@@ -95,7 +95,7 @@ from mechanisms.device import runs_on_cpu
 from mechanisms.errors import first_line
 from mechanisms.gptq import GROUP_SIZES, quantize
 from mechanisms.linear_attention import LINEAR
-from mechanisms.loading import LOADING_ERRORS, load_config, load_weights
+from mechanisms.loading import LOADING_ERRORS, check_rows, load_config, load_weights
 from mechanisms.lora import empty_network, experts_of
 from mechanisms.paths import check_disk, source_name
 from mechanisms.qwen1 import convert_if_qwen1
@@ -144,6 +144,7 @@ def check_quantizable(args):
         raise UserError(f"--group-size {args.group_size} does not work with this model, whose layers have input widths "
                         f"of {', '.join(map(str, sorted(widths)))}; possible: "
                         + ", ".join(map(str, [*possible, "-1 (one group for a whole row)"])))
+    check_rows(args.model_name_or_path, config)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.max_len > limit:
         say(f"note: --max_len {args.max_len} is more than the model's {limit} positions: {limit} is used")

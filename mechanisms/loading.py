@@ -102,10 +102,11 @@ def check_rows(path, config):
 
 
 def check_tokens(path, config, tokenizer, keep_added_tokens):
-    """Refuse a tokenizer with tokens that can occur in a sample and have no embedding in the model.
+    """`check_rows`, and refuse a tokenizer with tokens that can occur in a sample and have no embedding.
 
     keep_added_tokens: whether those that the chat template does not write can. Raises UserError.
     """
+    check_rows(path, config)
     rows, never = config.vocab_size, () if keep_added_tokens else free_tokens(tokenizer)
     beyond = [token for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
               if number >= rows and token not in never]
@@ -191,9 +192,7 @@ def load_config(path, cache_dir=None):
     if not {type(outer), type(config)} <= set(MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{path} is a {outer.model_type} model, which transformers cannot load as a language model "
                         "alone. Use a text model (Qwen3), or one whose language part stands alone (Qwen3.5, Qwen3.6)")
-    config = text_config(outer)
-    check_rows(path, config)
-    return config
+    return text_config(outer)
 
 
 def text_config(outer):
