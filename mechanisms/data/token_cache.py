@@ -202,9 +202,11 @@ class TokenCache(_Cache):
         self.lengths = np.diff(self.offsets)
 
     def tokens(self):
-        trained, starts = self.content[1], self.offsets[:-1]
-        first = trained[starts]  # which nothing predicts
-        return self.lengths, np.add.reduceat(trained, starts, dtype=np.int64) - first
+        trained, starts, counts = self.content[1], self.offsets[:-1], []
+        for part in range(0, len(starts), 1000):  # reduceat makes all it is given eight times as large
+            begin, end = starts[part], self.offsets[min(part + 1000, len(starts))]
+            counts.append(np.add.reduceat(trained[begin:end], starts[part:part + 1000] - begin, dtype=np.int64))
+        return self.lengths, np.concatenate(counts) - trained[starts]  # the first token is never predicted
 
     def __getitem__(self, index):
         input_ids, trained = self.content_of(index)
