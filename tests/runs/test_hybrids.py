@@ -313,6 +313,18 @@ def test_a_wrapper_is_refused_before_training(run, make_published, tmp_path):
         run("qwen3_5", "--text_only", "--use_lora")
 
 
+def test_a_wrapper_on_the_hub(make_published, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached, published = tmp_path / "models--Qwen--Qwen3.5-tiny", make_published("qwen3_5")
+    shutil.copytree(published, cached / "snapshots" / "0123456789abcdef")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123456789abcdef")
+    assert wrapper.is_wrapped("Qwen/Qwen3.5-tiny", str(tmp_path))
+    whole = wrapper.Wrapper("Qwen/Qwen3.5-tiny", str(tmp_path))
+    assert whole.folder == str(cached / "snapshots" / "0123456789abcdef")
+    assert whole.size == sum(tensor.nbytes for name, tensor in stored(published).items() if OTHER.match(name))
+
+
 def test_a_text_part_with_other_names_is_not_put_into_the_wrapper(make_published, tmp_path):
     """A file for each expert, and the base has one for all of a layer: neither would read the other's."""
     model = AutoModelForCausalLM.from_config(load_config(str(make_published("qwen3_5_moe"))))
