@@ -60,14 +60,12 @@ class Need(NamedTuple):
         return cls(memory.training_state(plan.setup), memory.row_loss_bytes(plan.setup, tokens),
                    *memory.activation_bytes(plan.setup, tokens))
 
-    def total(self, checkpointing):
-        held = self.state.weights + self.state.gradients + self.state.optimizer
-        return held + self.loss + (self.recomputed if checkpointing else self.stored)
-
     def parts(self, checkpointing):
-        sizes = {"weights": self.state.weights, "gradients": self.state.gradients, "optimizer": self.state.optimizer,
-                 "activations": self.loss + (self.recomputed if checkpointing else self.stored)}
-        return ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items())
+        return {"weights": self.state.weights, "gradients": self.state.gradients, "optimizer": self.state.optimizer,
+                "activations": self.loss + (self.recomputed if checkpointing else self.stored)}
+
+    def total(self, checkpointing):
+        return sum(self.parts(checkpointing).values())
 
 
 def _gb(size):
@@ -93,9 +91,10 @@ def decide(plan):
         return decided, (f"trained weights are held in bf16, with stochastic rounding and 8-bit moments: in fp32 the "
                          f"run needs about {_gb(totals[1])} GB; {line}")
     if smallest > 1:
+        parts = ", ".join(f"{name} {_gb(size)}" for name, size in need.parts(checkpointing).items())
         raise UserError(f"this run does not fit into the memory: it needs about {_gb(totals[checkpointing])} GB "
                         f"on each {_rank(plan)}{' with gradient checkpointing' if checkpointing else ''} "
-                        f"({need.parts(checkpointing)}), and {_gb(available)} GB can be had"
+                        f"({parts}), and {_gb(available)} GB can be had"
                         + (" (--memory_limit)" if plan.limit else "") + what_fits(plan, checkpointing)
                         + f"{BREAK}--memory_limit GB says how much can be had, if that is more")
     return plan._replace(checkpointing=checkpointing), "; ".join([
