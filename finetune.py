@@ -45,12 +45,13 @@ from mechanisms.data.records import Problems, find_files
 from mechanisms.errors import Checks, first_line
 from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
 from mechanisms.linear_attention import keep_within_samples, kernel_note
-from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code, peft_name
+from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code
 from mechanisms.lock import only_run_in
+from mechanisms.lora import lora_config
 from mechanisms.memory import checkpointing_needed
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
-from mechanisms.tokenizer import is_base_model, load_tokenizer, set_default_mode
+from mechanisms.tokenizer import load_tokenizer, set_default_mode
 from mechanisms.trainer import SafeTrainer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,9 +182,9 @@ class LoraArguments:
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],
-        metadata={"help": "Linear layers that get an adapter (default: all of every block).", "metavar": "NAME"})
+    lora_target_modules: list[str] = field(default=None, metadata={
+        "help": "Linear layers that get an adapter (default: all of every block, but gates of experts and heads).",
+        "metavar": "NAME"})
     lora_weight_path: str = field(default="", metadata={
         "help": "Adapter to continue, instead of a new one.", "metavar": "ADAPTER", "exists": "model"})
     lora_bias: Literal["none", "all", "lora_only"] = field(
@@ -397,7 +398,7 @@ def read_model_folder(model_args, training_args, lora_args):
 
 def add_adapter(model, tokenizer, model_args, training_args, lora_args):
     """Wrap the model for LoRA: frozen but for the adapters and, on a base model, the embedding and output layers."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     keeps_own_fp32 = training_args.deepspeed is not None  # and cannot mix fp32 adapters with 16-bit layers
     if lora_args.lora_weight_path:
@@ -405,24 +406,8 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
             model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
                                               autocast_adapter_dtype=not keeps_own_fp32)
     else:
-        embeddings = lora_args.lora_embeddings
-        if embeddings == "auto":
-            base, reason = is_base_model(model_args.model_name_or_path, tokenizer)
-            embeddings = "none" if not base else "chatml" if lora_args.q_lora else "full"
-            say(f"{'Base' if base else 'Chat'} model: {reason}. --lora_embeddings auto is '{embeddings}' then.")
-        names = [name for name, module in model.named_modules()
-                 if module in (model.get_input_embeddings(), model.get_output_embeddings())]
-        names = [name.rpartition(".")[2] for name in names]
-        tied = model.config.tie_word_embeddings
-        tokens = sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
-        model = get_peft_model(model, LoraConfig(
-            task_type="CAUSAL_LM",
-            **{name: value for flag, value in vars(lora_args).items() if (name := peft_name(flag))},
-            modules_to_save=(names[:1] if tied else names) if embeddings == "full" else None,
-            trainable_token_indices={name: tokens for name in (names[:1] if tied else names)}
-            if embeddings == "chatml" else None,
-            ensure_weight_tying=tied and embeddings != "none",
-        ), autocast_adapter_dtype=not keeps_own_fp32)
+        adapter = lora_config(model_args.model_name_or_path, model, tokenizer, lora_args)
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=not keeps_own_fp32)
     dtype = compute_dtype(training_args) if keeps_own_fp32 else torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_numel"):  # ZeRO-3's are of that type, and cut up

@@ -89,7 +89,7 @@ from mechanisms.errors import first_line
 from mechanisms.gptq import GROUP_SIZES, quantize
 from mechanisms.linear_attention import LINEAR
 from mechanisms.loading import LOADING_ERRORS, load_config, load_weights
-from mechanisms.lora_targets import empty_network, experts_of
+from mechanisms.lora import empty_network, experts_of
 from mechanisms.paths import check_disk, source_name
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.serving import serving_hints

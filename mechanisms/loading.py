@@ -16,7 +16,7 @@ from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq
 from mechanisms.linear_attention import LINEAR
-from mechanisms.lora_targets import MLP, default_targets, empty_network, experts_of, reach, takes_mlps_for_experts
+from mechanisms.lora import MLP, default_targets, empty_network, experts_of, peft_name, reach, takes_mlps_for_experts
 from mechanisms.paths import could_be_on_the_hub, find_base
 from mechanisms.qwen1 import convert_if_qwen1, todays_names
 from mechanisms.tokenizer import end_at_turns, load_tokenizer
@@ -143,8 +143,9 @@ def load_config(path, cache_dir=None):
 
 def fit_arguments(config, training_args, lora_args):
     """Change two arguments to what the model has, and say so: --model_max_length to its number of positions (as YaRN
-    extends it), and names of Qwen-1's layers in --lora_target_modules to today's. The config's router loss is switched
-    off: transformers adds it to the loss of each batch as a whole, whatever part of a step that batch is."""
+    extends it), and --lora_target_modules to its own linear layers, where none are given, or names of Qwen-1's layers
+    to today's. The config's router loss is switched off: transformers adds it to the loss of each batch as a whole,
+    whatever part of a step that batch is."""
     if getattr(config, "output_router_logits", False):
         say("note: the model's config asks for a loss of its routers: it is switched off, they are trained by the "
             "loss of the answers alone")
@@ -158,12 +159,12 @@ def fit_arguments(config, training_args, lora_args):
             f"{limit} is used")
         training_args.model_max_length = limit
     if training_args.use_lora and not lora_args.lora_weight_path:
-        asked, network = lora_args.lora_target_modules, empty_network(config)
-        if set(asked) == set(type(lora_args)().lora_target_modules) != set(default_targets(network)):
+        network = empty_network(config)
+        if lora_args.lora_target_modules is None:
             lora_args.lora_target_modules = default_targets(network)
-        lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(network))
-        if lora_args.lora_target_modules != asked or experts_of(network):
-            say("Adapters:", reach(network, lora_args.lora_target_modules), "")
+        else:
+            lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(network))
+        say("Adapters:", reach(network, lora_args.lora_target_modules), "")
 
 
 def layer_names(network):
@@ -205,13 +206,6 @@ def check_trainable(model, config, training_args, lora_args):
         adapter = read_adapter(lora_args.lora_weight_path)
         _check_settings(lora_args, adapter)
         check_adapter(lora_args.lora_weight_path, adapter, model, config)
-
-
-def peft_name(flag):
-    """The field of peft's LoraConfig that a flag of LoraArguments sets: lora_r -> r. None: it sets none."""
-    from peft import LoraConfig
-
-    return next((name for name in (flag.removeprefix("lora_"), flag) if name in LoraConfig.__dataclass_fields__), None)
 
 
 def read_adapter(path):

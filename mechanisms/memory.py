@@ -19,7 +19,7 @@ from mechanisms import gptq
 from mechanisms.attention import VARLEN, WITHIN_SAMPLES
 from mechanisms.head_loss import loss_bytes
 from mechanisms.linear_attention import keep_within_samples
-from mechanisms.lora_targets import empty_network
+from mechanisms.lora import empty_network
 
 RESERVE = 0.15  # share of the memory that is kept for what is not counted
 

@@ -31,6 +31,7 @@ from mechanisms import qwen1
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 from mechanisms.paths import source_name
+from mechanisms.tokenizer import is_base_model
 from tests.ranks.test_strategies import torchrun
 
 LAYERS, WIDTH = 2, 64
@@ -192,11 +193,11 @@ def test_end_tokens_of_chat_and_base_models(original, convert):
         end, im_end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
         assert generation.eos_token_id == (end if base else [im_end, end]) and generation.pad_token_id == end
         assert generation.do_sample and generation.top_p == 0.8 and "stop_words_ids" not in generation.to_dict()
-        assert finetune.is_base_model(folder, tokenizer)[0] is base
+        assert is_base_model(folder, tokenizer)[0] is base
     source = original("mine")
-    assert finetune.is_base_model(convert(source), tokenizer)[0]  # by chat_format
+    assert is_base_model(convert(source), tokenizer)[0]  # by chat_format
     (source / "generation_config.json").write_text('{"chat_format": "chatml", "top_p": 0.5, "max_new_tokens": 9}')
-    assert not finetune.is_base_model(convert(source), tokenizer)[0]
+    assert not is_base_model(convert(source), tokenizer)[0]
     generation = GenerationConfig.from_pretrained(convert(source))
     assert generation.top_p is None and generation.max_new_tokens == 9  # top_p: nothing is drawn
     (source / "generation_config.json").write_text('{"max_new_tokens": -1}')

@@ -1,11 +1,12 @@
-"""Which layers get an adapter, and which do not: read from the network, which has more kinds than one list knows."""
+"""The adapter that flags ask for: which layers of the network it is on, and peft's config of it."""
 
 import collections
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mechanisms.console import table
+from mechanisms.console import say, table
+from mechanisms.tokenizer import is_base_model
 
 # One number for each head or expert: adapters there gain nothing, and SGLang does not load those of in_proj_ba
 # (https://github.com/sgl-project/sglang/issues/30499).
@@ -53,3 +54,35 @@ def reach(network, targets):
         f"{kind} x {count}" for kind, count in counts.items()
         if (".experts." not in kind and kind.endswith(tuple(f".{name}" for name in targets))) == reached) or "none")
         for word, reached in (("reached", True), ("not reached", False))])
+
+
+def lora_config(path, model, tokenizer, lora_args):
+    """peft's LoraConfig of a new adapter, by the flags: on linear layers, and on a base model on its embeddings too.
+
+    path: where the model was loaded from; it tells a base model.
+    """
+    from peft import LoraConfig
+
+    embeddings = lora_args.lora_embeddings
+    if embeddings == "auto":
+        base, reason = is_base_model(path, tokenizer)
+        embeddings = "none" if not base else "chatml" if lora_args.q_lora else "full"
+        say(f"{'Base' if base else 'Chat'} model: {reason}. --lora_embeddings auto is '{embeddings}' then.")
+    names = [name.rpartition(".")[2] for name, module in model.named_modules()
+             if module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    tied = model.config.tie_word_embeddings
+    names = names[:1] if tied else names
+    tokens = sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        **{name: value for flag, value in vars(lora_args).items() if (name := peft_name(flag))},
+        modules_to_save=names if embeddings == "full" else None,
+        trainable_token_indices={name: tokens for name in names} if embeddings == "chatml" else None,
+        ensure_weight_tying=tied and embeddings != "none")
+
+
+def peft_name(flag):
+    """The field of peft's LoraConfig that a flag of LoraArguments sets: lora_r -> r. None: it sets none."""
+    from peft import LoraConfig
+
+    return next((name for name in (flag.removeprefix("lora_"), flag) if name in LoraConfig.__dataclass_fields__), None)
