@@ -185,6 +185,8 @@ class LoraArguments:
     lora_target_modules: list[str] = field(default=None, metadata={
         "help": "Linear layers that get an adapter (default: all of every block, but gates of experts and heads).",
         "metavar": "NAME"})
+    lora_experts: bool = field(default=False, metadata={
+        "help": "Adapters on the routed experts too, one for each: many weights, and no dropout (--lora_dropout 0)."})
     lora_weight_path: str = field(default="", metadata={
         "help": "Adapter to continue, instead of a new one.", "metavar": "ADAPTER", "exists": "model"})
     lora_bias: Literal["none", "all", "lora_only"] = field(
@@ -225,6 +227,8 @@ def parse_arguments(argv):
                      for lora_field, default in zip(dataclasses.fields(LoraArguments),
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
+    if lora_args.lora_experts and lora_args.lora_dropout:
+        problems.append("--lora_experts: adapters on experts cannot have dropout: add --lora_dropout 0")
     problems += strategies.impossible(training_args, lora_args)
     if problems:
         raise UserError("\n       ".join(problems))
@@ -459,8 +463,9 @@ def run(model_args, data_args, training_args, lora_args):
         moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
         say(*[f"note: {line}" for line in moved])
 
-    transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
     model = load_model(model_args, training_args, lora_args, config, tokenizer)
+    # A new adapter starts from random numbers, of which a network may draw some itself while it is made.
+    transformers.set_seed(training_args.seed)
     if training_args.use_lora:
         with gptqmodel_hidden(not is_gptq(config)):
             model = add_adapter(model, tokenizer, model_args, training_args, lora_args)

@@ -58,6 +58,7 @@ FLAGS = {
     "--lora_alpha": "alpha lora_scaling",
     "--lora_dropout": "lora_dropout_p lora_dropout_rate lora_drop dropout",
     "--lora_target_modules": "lora_target lora_targets lora_modules target_modules lora_target_linear",
+    "--lora_experts": "lora_target_parameters target_parameters",
     "--lora_bias": "bias lora_bias_trainable",
     "--lora_embeddings": "additional_target modules_to_save lora_modules_to_save",
     "--lora_weight_path": """adapter_name_or_path adapter_path adapters lora_model_dir lora_path lora_weights

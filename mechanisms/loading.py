@@ -164,7 +164,7 @@ def fit_arguments(config, training_args, lora_args):
             lora_args.lora_target_modules = default_targets(network)
         else:
             lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(network))
-        say("Adapters:", reach(network, lora_args.lora_target_modules), "")
+        say("Adapters:", reach(network, lora_args), "")
 
 
 def layer_names(network):
@@ -196,8 +196,10 @@ def check_trainable(model, config, training_args, lora_args):
     asked = [] if lora_args.lora_weight_path else lora_args.lora_target_modules
     mlps = [name for name in asked if name.rpartition(".")[2] in MLP]
     if mlps and takes_mlps_for_experts(network):
-        raise UserError(f"--lora_target_modules {' '.join(mlps)}: of this mixture of experts peft adapts the routed "
-                        "experts then, and no shared ones. Leave them out")
+        raise UserError(f"--lora_target_modules {' '.join(mlps)}: by these names peft adapts the routed experts of "
+                        "this model, and no other MLPs. Leave them out: --lora_experts adapts them all")
+    if lora_args.lora_experts and not experts:
+        raise UserError("--lora_experts: this model has no routed experts. Leave it out")
     missing = [name for name in asked if name.rpartition(".")[2] not in names]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "

@@ -46,14 +46,32 @@ def default_targets(network):
     return [name for name in names if name not in skipped]
 
 
-def reach(network, targets):
-    """What adapters on the layers of these names reach, as lines of a table: layers of each kind, experts included."""
-    names = [*_linear_in_blocks(network), *experts_of(network)]
-    counts = collections.Counter(name.split(".layers.")[1].partition(".")[2] for name in names)
-    return table([(word, ", ".join(
-        f"{kind} x {count}" for kind, count in counts.items()
-        if (".experts." not in kind and kind.endswith(tuple(f".{name}" for name in targets))) == reached) or "none")
-        for word, reached in (("reached", True), ("not reached", False))])
+def expert_parameters(network):
+    """What --lora_experts adapts, for peft's target_parameters: the weights of routed experts, and those of the MLPs
+    that peft would take for them by their names (in its target_modules)."""
+    names = list(experts_of(network))
+    if takes_mlps_for_experts(network):
+        names += [f"{name}.weight" for name in _linear_in_blocks(network) if name.rpartition(".")[2] in MLP]
+    return list(dict.fromkeys(map(_within_block, names)))
+
+
+def _within_block(name):
+    return name.split(".layers.")[1].partition(".")[2]
+
+
+def reach(network, lora_args):
+    """What the adapters reach and what they do not, as a table: layers of each kind, those of experts included."""
+    counts = collections.Counter(map(_within_block, (*_linear_in_blocks(network), *experts_of(network))))
+    parameters = expert_parameters(network) if lora_args.lora_experts else []
+    targets = tuple(f".{name}" for name in lora_args.lora_target_modules)
+    reached = {kind for kind in counts if kind in parameters or f"{kind}.weight" in parameters
+               or ".experts." not in kind and kind.endswith(targets)}
+    trained = sum(weight[..., 0, 0].numel() * lora_args.lora_r * sum(weight.shape[-2:])
+                  for name, weight in network.named_parameters() if name.endswith(tuple(parameters)))
+    return table([(word, ", ".join(f"{kind} x {count}" for kind, count in counts.items()
+                                   if (kind in reached) == wanted) or "none")
+                  for word, wanted in (("reached", True), ("not reached", False))]
+                 + ([("trained of experts", trained)] if parameters else []))
 
 
 def lora_config(path, model, tokenizer, lora_args):
@@ -75,6 +93,7 @@ def lora_config(path, model, tokenizer, lora_args):
     tokens = sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
     return LoraConfig(
         task_type="CAUSAL_LM",
+        target_parameters=expert_parameters(empty_network(model.config)) if lora_args.lora_experts else None,
         **{name: value for flag, value in vars(lora_args).items() if (name := peft_name(flag))},
         modules_to_save=names if embeddings == "full" else None,
         trainable_token_indices={name: tokens for name in names} if embeddings == "chatml" else None,

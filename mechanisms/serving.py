@@ -52,7 +52,7 @@ def adapter_hint(folder, adapter):
     """
     rank = next((rank for rank in VLLM_RANKS if rank >= adapter.r), None)
     if rank is None or adapter.modules_to_save or adapter.trainable_token_indices or adapter.bias != "none" \
-            or adapter.use_dora:
+            or adapter.use_dora or adapter.target_parameters:
         return []
     path, base = shlex.quote(folder), shlex.quote(adapter.base_model_name_or_path)
     return [f"  vLLM:  vllm serve {base} --tokenizer {path} --enable-lora --max-lora-rank {rank} --lora-modules "
