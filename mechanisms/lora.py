@@ -71,7 +71,7 @@ def reach(network, lora_args):
     return table([(word, ", ".join(f"{kind} x {count}" for kind, count in counts.items()
                                    if (kind in reached) == wanted) or "none")
                   for word, wanted in (("reached", True), ("not reached", False))]
-                 + ([("trained of experts", trained)] if parameters else []))
+                 + ([("trained on experts", trained)] if parameters else []))
 
 
 def lora_config(path, model, tokenizer, lora_args):

@@ -30,7 +30,7 @@ def results(make_published, cache_dir, tmp_path_factory):
                     "--model_name_or_path", make_published(family), "--data_path", EXAMPLES / "data",
                     "--output_dir", folder / f"{strategy} {family} {method}", "--cache_dir", cache_dir,
                     "--max_steps", STEPS, "--save_strategy", "no", "--logging_steps", 1, "--learning_rate", "5e-3",
-                    "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4 // ranks,
+                    "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2 // ranks,
                     "--model_max_length", 128, *METHODS[method], *STRATEGIES[strategy])]}
             (folder / "cells.json").write_text(json.dumps(cells))
             done = torchrun(["tests/ranks/cells.py", folder / "cells.json", folder / "results.json"], ranks, 1200)
