@@ -84,8 +84,8 @@ def test_a_row_is_its_samples_one_at_a_time(kind):
 def test_with_lora_and_gradient_checkpointing(kind):
     targets = ["q_proj", "v_proj", "out_proj", "in_proj_qkvz" if kind == "qwen3_next" else "in_proj_qkv"]
     model = make(kind)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=4, init_lora_weights=False,
-                                             target_parameters=expert_parameters(model)))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=4,
+                                             target_parameters=expert_parameters(model), init_lora_weights=False))
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     assert_same(model)
