@@ -22,7 +22,8 @@ from mechanisms.quiet import silence
 class ChatArguments:
     system: str = field(default=None, metadata={"help": "System message (default: the chat template's own, if any)."})
     message: str = field(default=None, metadata={"help": "Answer this and end. Without it, and with a terminal: chat."})
-    base_model: str = field(default=None, metadata={"help": "For an adapter: where its base model is now."})
+    base_model: str = field(default=None, metadata={
+        "help": "For an adapter: where its base model is now.", "exists": "model"})
     thinking: Literal["on", "off"] = field(default=None, metadata={
         "help": "Whether the model is to think before it answers (default: the chat template's)."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default=None, metadata={
@@ -82,6 +83,7 @@ from transformers.utils import logging
 from mechanisms.data.records import Notices
 from mechanisms.data.shapes import BadRecord
 from mechanisms.data.template import CLOSE, OPEN, ChatTemplate
+from mechanisms.device import runs_on_cpu
 from mechanisms.loading import load_to_answer
 
 MAX_NEW_TOKENS = 2048  # where neither a flag nor the generation config sets a limit
@@ -244,7 +246,7 @@ def main(argv):
             raise UserError("an empty message: nothing to answer")
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
-        gpu = torch.accelerator.is_available()
+        gpu = not runs_on_cpu("set CUDA_VISIBLE_DEVICES= ")
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
             model, tokenizer = load_to_answer(path, args.base_model, args.dtype or ("auto" if gpu else "float32"),
                                     "auto" if gpu else None)

@@ -36,23 +36,41 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mechanisms import checkpoints, console, dry_run, facts, strategies, summary
+from mechanisms import checkpoints, console, dry_run, facts, fitting, frugal, strategies, summary, trials
 from mechanisms.attention import best_attention
 from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Problems, find_files
+from mechanisms.data.shapes import parse_columns
+from mechanisms.data.template import KEEP
+from mechanisms.device import runs_on_cpu
 from mechanisms.errors import Checks, first_line
-from mechanisms.gptq import gptqmodel_hidden, is_gptq, trainable_backend
+from mechanisms.gptq import TRAINABLE_BACKEND, gptqmodel_hidden, is_gptq
 from mechanisms.linear_attention import keep_within_samples, kernel_note
-from mechanisms.loading import check_trainable, fit_arguments, load_config, load_weights, no_code
+from mechanisms.loading import (
+    check_tokens,
+    check_trainable,
+    fit_arguments,
+    load_config,
+    load_weights,
+    no_code,
+    read_adapter,
+)
 from mechanisms.lock import only_run_in
-from mechanisms.lora import lora_config
-from mechanisms.memory import checkpointing_needed
+from mechanisms.lora import (
+    default_targets,
+    empty_network,
+    impossible_adapter,
+    is_part_of_weights,
+    lora_config,
+    start_from_weights,
+)
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
 from mechanisms.tokenizer import load_tokenizer, set_default_mode
 from mechanisms.trainer import SafeTrainer
+from mechanisms.wrapper import Wrapper, check_text_only, is_wrapped
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -67,11 +85,15 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = field(default=None, metadata={
-        "help": "Training data: files, folders or globs; JSON Lines or arrays, CSV, TSV, parquet, arrow; also packed.",
+        "help": "Training data: files, folders, globs or names of datasets; PATH:0.3 takes a share, PATH:2 all of it "
+                "twice. JSON Lines or arrays, CSV, TSV, parquet, arrow; also packed.",
         "metavar": "PATH", "exists": "data", "missing": "which data to train on?"})
     eval_data_path: list[str] = field(default=None, metadata={
         "help": "Evaluation data, as --data_path; used at the end and per --eval_strategy.", "metavar": "PATH",
         "exists": "data"})
+    columns: list[str] = field(default=None, metadata={
+        "help": "Where the data have other names, which column is what, as prompt=question response=answer; others are "
+                "not used.", "metavar": "KEY=COLUMN"})
     eval_ratio: float = field(
         default=0.0, metadata={"help": "Share of the training data held out for evaluation, always the same records."})
     lazy_preprocess: bool = field(
@@ -88,6 +110,9 @@ class DataArguments:
                 "each in a sample of its own, or skip them."})
     system: str = field(
         default=None, metadata={"help": "System message of the conversations that have none."})
+    keep_added_tokens: bool = field(default=False, metadata={
+        "help": "Added tokens written in the data are tokens and not text, but for those of the chat template and the "
+                "ends of texts."})
     packing: bool = field(
         default=False, metadata={"help": "Fill rows of --model_max_length with samples; a batch counts rows then."})
     skip_bad_rows: int = field(
@@ -119,11 +144,18 @@ class TrainingArguments(transformers.TrainingArguments):
     save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints (below 1: share of all)."})
     save_total_limit: int | None = field(
         default=None, metadata={"help": "Checkpoints to keep, the newest ones (default: all)."})
+    text_only: bool = field(default=False, metadata={
+        "help": "Of a model with a vision tower, save the text part alone. Else the result is the whole of it again."})
     eval_strategy: transformers.IntervalStrategy | str = field(
         default="no", metadata={"help": "When to evaluate: every --eval_steps, after each epoch, or only at the end."})
     deepspeed: dict | str | None = field(default=None, metadata={
         "help": "Config for DeepSpeed: a file, or one of the ds_config_*.json beside finetune.py. none: no DeepSpeed.",
         "metavar": "FILE", "exists": "deepspeed"})
+    trained_weights: Literal["auto", "fp32", "bf16"] = field(default="auto", metadata={
+        "help": "How full fine-tuning holds weights: in fp32 (16 bytes each with gradient and optimizer), or in bf16 "
+                "with stochastic rounding and 8-bit moments (6 bytes). auto: in bf16 where fp32 does not fit."})
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={
+        "help": "Precision in which full fine-tuning saves its result. auto: that of the base model."})
     activation_checkpointing: Literal["True", "False", "auto"] = field(default="auto", metadata={
         "help": "Compute activations twice instead of keeping them, which takes a third more time. auto: only where "
                 "they would not fit into the memory.",
@@ -138,6 +170,9 @@ class TrainingArguments(transformers.TrainingArguments):
         "help": "Unset: resume from the newest complete checkpoint in --output_dir, if any. True: there must be one. "
                 "False: start over, in a folder without results. Or the path of a checkpoint.",
         "metavar": "True|False|FOLDER", "exists": "checkpoint"})
+    memory_limit: float = field(default=None, metadata={
+        "help": "GB of memory that a run may take on each GPU, or each process on a CPU (default: what is free there). "
+                "One that does not fit by estimate is refused."})
     verify_checkpoint: Literal["full", "sizes"] = field(default="full", metadata={
         "help": "How a checkpoint is verified before it is resumed: by reading all of it, or, where it is huge, by the "
                 "sizes of its files."})
@@ -157,9 +192,10 @@ class TrainingArguments(transformers.TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here.", "hidden": True})
 
     def __post_init__(self):
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL
+        # DeepSpeed and DDP then use gloo; without it Trainer asks for NCCL.
+        self.use_cpu = self.use_cpu or runs_on_cpu("add --use_cpu")
         self.bf16, self.fp16 = choose_precision(self.bf16, self.fp16, self.use_cpu)
+        strategies.check_backend(self.ddp_backend, self.use_cpu)
         self.deepspeed = strategies.deepspeed_config(self.deepspeed)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter that is trained is used; searching costs time
@@ -167,6 +203,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if asked not in ("auto", "true", "false"):
             raise UserError(f"--gradient_checkpointing {self.activation_checkpointing}: True, False or auto")
         self.auto_checkpointing, self.activation_checkpointing = asked == "auto", asked == "true"
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"  # as transformers does for --load_best_model_at_end
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file gets plain lines
         super().__post_init__()
@@ -180,13 +218,22 @@ class LoraArguments:
     q_lora: bool = field(
         default=False, metadata={"help": "LoRA on a base model held in 4 bits (NF4); implies --use_lora."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_alpha: int = field(default=16, metadata={
+        "help": "Adapters are scaled by lora_alpha / lora_r (by lora_alpha / sqrt(lora_r) with --use_rslora)."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
     lora_target_modules: list[str] = field(default=None, metadata={
-        "help": "Linear layers that get an adapter (default: all of every block, but gates of experts and heads).",
-        "metavar": "NAME"})
+        "help": "Linear layers that get an adapter: names, or all-linear, or one regular expression that whole names "
+                "must match (default: all of every block, but gates of experts and heads).", "metavar": "NAME"})
     lora_experts: bool = field(default=False, metadata={
         "help": "Adapters on the routed experts too, one for each: many weights, and no dropout (--lora_dropout 0)."})
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale adapters so that high ranks learn as well as low ones (rsLoRA)."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "Train a length for each output beside the adapters (DoRA), which is slower."})
+    init_lora_weights: str = field(default="true", metadata={
+        "help": "How new adapters begin: true (as peft has it), gaussian, or as a part of the weights under them, with "
+                "twice the rank in the result: pissa, pissa_niter_16 (nearly the same, in seconds) or olora.",
+        "metavar": "KIND"})
     lora_weight_path: str = field(default="", metadata={
         "help": "Adapter to continue, instead of a new one.", "metavar": "ADAPTER", "exists": "model"})
     lora_bias: Literal["none", "all", "lora_only"] = field(
@@ -201,16 +248,18 @@ def parse_arguments(argv):
 
     Raises UserError with every combination that cannot work.
     """
-    try:
-        model_args, data_args, training_args, lora_args, stray = parse_into(
-            (ModelArguments, DataArguments, TrainingArguments, LoraArguments), argv)
-    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
-        raise UserError(str(error)) from error
-    problems = [f"unexpected argument {word!r}" for word in stray]
+    problems = []
+    model_args, data_args, training_args, lora_args, stray = parse_into(
+        (ModelArguments, DataArguments, TrainingArguments, LoraArguments), argv, problems)
+    problems += [f"unexpected argument {word!r}" for word in stray]
     if lora_args.q_lora:
         training_args.use_lora = True
+    lora_args.init_lora_weights = lora_args.init_lora_weights.lower()  # peft's and YAML's is True
     if not data_args.data_path:
         problems.append("--data_path is missing: which data to train on?")
+    if data_args.columns:
+        data_args.columns, wrong = parse_columns(data_args.columns)
+        problems += wrong
     if not 0 <= data_args.eval_ratio < 1:
         problems.append(f"--eval_ratio {data_args.eval_ratio}: a share of the data, from 0 to below 1")
     if data_args.eval_ratio and data_args.eval_data_path:
@@ -220,16 +269,21 @@ def parse_arguments(argv):
     if data_args.packing and data_args.lazy_preprocess:
         problems.append("--packing and --lazy_preprocess exclude each other: rows are filled by the samples' lengths, "
                         "which are not known before they are tokenized")
-    if training_args.model_max_length < 1:
-        problems.append(f"--model_max_length {training_args.model_max_length}: at least 1")
+    if training_args.text_only and training_args.use_lora:
+        problems.append("--text_only has no effect on an adapter, which is of the text part alone: give it to "
+                        "merge_lora.py")
     if not training_args.use_lora:
         problems += [f"--{lora_field.name} has no effect without --use_lora or --q_lora"
                      for lora_field, default in zip(dataclasses.fields(LoraArguments),
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
-    if lora_args.lora_experts and lora_args.lora_dropout:
-        problems.append("--lora_experts: adapters on experts cannot have dropout: add --lora_dropout 0")
-    problems += strategies.impossible(training_args, lora_args)
+    problems += strategies.impossible(training_args, lora_args) + impossible_adapter(training_args, lora_args)
+    problems += trials.failing(training_args)
+    if training_args.trained_weights == "bf16":
+        problems += frugal.problems(training_args)
+    if training_args.save_dtype != "auto" and (training_args.deepspeed or training_args.fsdp or training_args.use_lora):
+        problems.append(f"--save_dtype {training_args.save_dtype}: adapters are saved as they are, and what DeepSpeed "
+                        "and FSDP gather in the precision of computation. Leave it out")
     if problems:
         raise UserError("\n       ".join(problems))
     return model_args, data_args, training_args, lora_args
@@ -267,28 +321,33 @@ def read_model_and_data(model_args, data_args, training_args, lora_args, checks)
     tokenizer = None
     with checks:
         config, tokenizer = read_model_folder(model_args, training_args, lora_args)
+        check_tokens(model_args.model_name_or_path, config, tokenizer, data_args.keep_added_tokens)
     with checks:
         if tokenizer:
             datasets = prepare_datasets(data_args, training_args, tokenizer)
         else:
-            check_records([*data_args.data_path, *(data_args.eval_data_path or [])], data_args.skip_bad_rows)
+            check_records([*data_args.data_path, *(data_args.eval_data_path or [])], data_args.skip_bad_rows,
+                          data_args.columns, training_args.cache_dir)
     checks.stop()
     return config, tokenizer, *datasets
 
 
 def prepare_datasets(data_args, training_args, tokenizer):
-    """-> (train, eval or None, {"train": DataReport, ...}). Prints the first sample and what became of all records.
+    """-> (train, eval or None, {"train": DataReport, ...}). Prints the first sample and what became of all records;
+    the tokenizer remembers --keep_added_tokens.
 
     Raises UserError with every problem of all files if there are more than --skip_bad_rows.
     """
     encoder = ConversationEncoder(tokenizer, training_args.model_max_length, data_args.loss_on, data_args.overlong,
-                                  data_args.thinking, data_args.earlier_answers, data_args.system)
+                                  data_args.thinking, data_args.earlier_answers, data_args.system,
+                                  data_args.keep_added_tokens)
+    tokenizer.init_kwargs |= {KEEP: data_args.keep_added_tokens}  # saved with the result, for chat.py
     problems, datasets, reports = Problems(), {}, {}
     for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
-        files = find_files(paths or [], problems)
+        files = find_files(paths or [], problems, training_args.cache_dir)
         if files:
             datasets[name], reports[name] = load_dataset(
-                files, encoder, training_args.cache_dir, data_args.lazy_preprocess,
+                files, encoder, training_args.cache_dir, data_args.lazy_preprocess, data_args.columns,
                 functools.partial(strategies.first_before_others, training_args))
             problems.extend(reports[name].problems)
     problems.stop_or_skip(data_args.skip_bad_rows)
@@ -312,11 +371,10 @@ def prepare_datasets(data_args, training_args, tokenizer):
     return train, evaluation, reports
 
 
-def longest_row(dataset, training_args):
-    """Tokens of the longest row that `PaddingFreeCollator` can make of a batch."""
-    items = training_args.per_device_train_batch_size
+def longest_row(dataset, model_max_length, items):
+    """Tokens of the longest row that `PaddingFreeCollator` can make of so many items."""
     if dataset.lengths is None:
-        return items * training_args.model_max_length
+        return items * model_max_length
     return int(np.sort(dataset.lengths)[-items:].sum())
 
 
@@ -357,27 +415,30 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
     """The model with its frozen weights in the compute precision and all weights that will be trained in fp32.
 
     bf16 weights would lose small updates: at a learning rate of 1e-5 most of them round to nothing. DeepSpeed keeps
-    its own fp32 copy, so under it everything is loaded in the compute precision.
+    its own fp32 copy, so under it everything is loaded in the compute precision; --trained_weights bf16 rounds at
+    random (mechanisms/frugal.py).
     """
     compute = compute_dtype(training_args)
-    keeps_own_fp32 = training_args.deepspeed is not None
+    in_compute_dtype = training_args.use_lora or training_args.deepspeed or training_args.trained_weights == "bf16"
     quantization = None
     if lora_args.q_lora and not getattr(config, "quantization_config", None):  # a quantized model brings its own
         quantization = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute)
     elif is_gptq(config):
-        config.quantization_config["backend"] = trainable_backend(training_args.device)
+        config.quantization_config["backend"] = TRAINABLE_BACKEND
     try:
         model = load_weights(
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
-            quantization_config=quantization, attn_implementation=best_attention(training_args.device),
-            dtype=compute if training_args.use_lora or keeps_own_fp32 else torch.float32,
+            quantization_config=quantization, attn_implementation=best_attention(training_args.device, compute),
+            dtype=compute if in_compute_dtype else torch.float32,
             device_map={"": training_args.device} if lora_args.q_lora else None)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the weights in {model_args.model_name_or_path} cannot be loaded: "
                         f"{first_line(error)}") from error
     keep_within_samples(model)
+    if training_args.trained_weights == "bf16":
+        frugal.hold(model)
     model.config.use_cache = False
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config.eos_token_id = [end for end in ends if end is not None]
@@ -395,12 +456,33 @@ def read_model_folder(model_args, training_args, lora_args):
     config = load_config(model_args.model_name_or_path, training_args.cache_dir)
     fit_arguments(config, training_args, lora_args)
     check_trainable(model_args.model_name_or_path, config, training_args, lora_args)
+    if training_args.text_only:
+        check_text_only(model_args.model_name_or_path, training_args.cache_dir)
     if note := kernel_note(config, training_args.device):
         say(f"note: {note}")
     return config, load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
 
 
-def add_adapter(model, tokenizer, model_args, training_args, lora_args):
+def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer, dataset):
+    """-> `fitting.Plan` of this run."""
+    def lora():
+        network = empty_network(config)
+        settings = LoraArguments(lora_target_modules=default_targets(network))
+        return lora_config(model_args.model_name_or_path, network, tokenizer, settings, say=lambda line: None)
+
+    setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
+    may_be_frugal = training_args.trained_weights == "auto" and not frugal.problems(training_args)
+    return fitting.Plan(
+        setup=frugal.setup(setup) if training_args.trained_weights == "bf16" else setup,
+        frugal=frugal.setup(setup) if may_be_frugal else None,
+        checkpointing=None if training_args.auto_checkpointing else training_args.activation_checkpointing,
+        items=training_args.per_device_train_batch_size, accumulation=training_args.gradient_accumulation_steps,
+        longest=functools.partial(longest_row, dataset, training_args.model_max_length),
+        certain=dataset.lengths is not None,
+        limit=training_args.memory_limit and training_args.memory_limit * 1e9, lora=lora)
+
+
+def add_adapter(model, adapter, training_args, lora_args):
     """Wrap the model for LoRA: frozen but for the adapters and, on a base model, the embedding and output layers."""
     from peft import PeftModel, get_peft_model
 
@@ -410,8 +492,9 @@ def add_adapter(model, tokenizer, model_args, training_args, lora_args):
             model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True,
                                               autocast_adapter_dtype=not keeps_own_fp32)
     else:
-        adapter = lora_config(model_args.model_name_or_path, model, tokenizer, lora_args)
         model = get_peft_model(model, adapter, autocast_adapter_dtype=not keeps_own_fp32)
+        if is_part_of_weights(lora_args.init_lora_weights):
+            start_from_weights(model, lora_args.init_lora_weights)
     dtype = compute_dtype(training_args) if keeps_own_fp32 else torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_numel"):  # ZeRO-3's are of that type, and cut up
@@ -450,11 +533,26 @@ def run(model_args, data_args, training_args, lora_args):
             training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
     notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
     notices += strategies.compilation_locks() if training_args.deepspeed else []
+    notices += trials.without_effect(training_args)
     say(*[f"note: {notice}" for notice in notices])
     config, tokenizer, train_dataset, eval_dataset, reports = read_model_and_data(*arguments, checks)
     prompt_note = set_default_mode(tokenizer, reports["train"].modes)
     if data_args.packing:
         train_dataset = PackedRows(train_dataset, training_args.model_max_length, training_args.seed)
+    if training_args.dataloader_drop_last and not summary.batch_count(training_args, train_dataset):
+        raise UserError(f"--dataloader_drop_last drops all {len(train_dataset)} items: they are fewer than a batch of "
+                        "each rank. Leave it out, or give a smaller --per_device_train_batch_size")
+    adapter = None
+    if lora_args.lora_weight_path:
+        adapter = read_adapter(lora_args.lora_weight_path)
+    elif training_args.use_lora:
+        adapter = lora_config(model_args.model_name_or_path, empty_network(config), tokenizer, lora_args)
+    if checkpoint and training_args.trained_weights == "auto":
+        training_args.trained_weights = checkpoints.read_manifest(checkpoint, "sizes").get("trained weights", "fp32")
+    plan, why = fitting.decide(plan_memory(
+        model_args, training_args, lora_args, config, adapter, tokenizer, train_dataset))
+    training_args.activation_checkpointing = training_args.gradient_checkpointing = plan.checkpointing
+    training_args.trained_weights = "bf16" if plan.setup.frugal else "fp32"
     run_facts = facts.run_facts(arguments, train_dataset, config, tokenizer)
     if checkpoint:
         notes = checkpoints.check_same_run(checkpoint, run_facts, facts.default_values(arguments))
@@ -463,34 +561,39 @@ def run(model_args, data_args, training_args, lora_args):
         moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
         say(*[f"note: {line}" for line in moved])
 
-    model = load_model(model_args, training_args, lora_args, config, tokenizer)
-    # A new adapter starts from random numbers, of which a network may draw some itself while it is made.
-    transformers.set_seed(training_args.seed)
-    if training_args.use_lora:
-        with gptqmodel_hidden(not is_gptq(config)):
-            model = add_adapter(model, tokenizer, model_args, training_args, lora_args)
-    if training_args.auto_checkpointing:
-        adapter = model.peft_config["default"] if training_args.use_lora else None
-        setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
-        needed, why = checkpointing_needed(setup, longest_row(train_dataset, training_args))
-        training_args.activation_checkpointing = training_args.gradient_checkpointing = needed
+    if training_args.auto_checkpointing or plan.setup.frugal:
         say(f"note: {why}")
-    if training_args.activation_checkpointing and training_args.use_lora:
-        model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
-    say(*summary.before_training(model, training_args, lora_args, train_dataset))
+    published_dtype = config.dtype
+    wrapped = is_wrapped(model_args.model_name_or_path, training_args.cache_dir)
+    whole = wrapped and not (training_args.use_lora or training_args.text_only)
+    with fitting.running_out_is_told(plan, training_args.output_dir):
+        model = load_model(model_args, training_args, lora_args, config, tokenizer)
+        # A new adapter starts from random numbers, of which a network may draw some itself while it is made.
+        transformers.set_seed(training_args.seed)
+        if training_args.use_lora:
+            with gptqmodel_hidden(not is_gptq(config)):
+                model = add_adapter(model, adapter, training_args, lora_args)
+        if plan.checkpointing and training_args.use_lora:
+            model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
+        say(*summary.before_training(model, training_args, lora_args, train_dataset))
 
-    if training_args.dry_run:
-        train_dataset, eval_dataset = dry_run.shorten(training_args, train_dataset, eval_dataset)
-    trainer = SafeTrainer(
-        model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
-        card=summary.model_card(arguments, facts.settings(arguments), prompt_note))
-    if training_args.dry_run:
-        return dry_run.prove(trainer, eval_dataset)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    evaluated = trainer.evaluate_result() if eval_dataset else {}
+        if training_args.dry_run:
+            train_dataset, eval_dataset = dry_run.shorten(training_args, train_dataset, eval_dataset)
+        trainer = SafeTrainer(
+            model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
+            optimizer_cls_and_kwargs=frugal.optimizer(training_args) if plan.setup.frugal else None,
+            card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped),
+            wrapper=Wrapper(model_args.model_name_or_path, training_args.cache_dir) if whole else None)
+        if training_args.dry_run:
+            return dry_run.prove(trainer, eval_dataset)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        evaluated = trainer.evaluate_result() if eval_dataset else {}
+    if not (training_args.use_lora or training_args.deepspeed or training_args.fsdp):
+        asked = training_args.save_dtype
+        trainer.convert(published_dtype if asked == "auto" else getattr(torch, asked))
     trainer.save_result()
-    say(*summary.after_training(trainer, result, evaluated, prompt_note))
+    say(*summary.after_training(trainer, result, evaluated, prompt_note, wrapped))
     return trainer
 
 

@@ -27,10 +27,12 @@ class MergeArguments:
     adapter_path: str = field(metadata={"help": "Folder of the adapter.", "metavar": "FOLDER", "exists": "model"})
     output_dir: str = field(metadata={"help": "Folder to make. It must not exist, or be empty."})
     base_model: str = field(default=None, metadata={
-        "help": "The 16-bit model to merge into (default: the one named in the adapter)."})
+        "help": "The 16-bit model to merge into (default: the one named in the adapter).", "exists": "model"})
     max_shard_size: str = field(default="2GB", metadata={"help": "Largest weight file."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Precision of the merged weights. auto: that of the base model."})
+    text_only: bool = field(default=False, metadata={
+        "help": "Of a model with a vision tower, write the text part alone. Else the folder holds the whole of it."})
     ollama: bool = field(default=False, metadata={"help": "Write a Modelfile for Ollama too."})
 
 
@@ -72,6 +74,7 @@ from mechanisms.loading import LOADING_ERRORS, load_to_answer
 from mechanisms.paths import check_disk, source_name
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.serving import modelfile, serving_hints
+from mechanisms.wrapper import Wrapper, check_text_only, is_wrapped
 
 QUESTIONS = (
     [{"role": "user", "content": "Who are you?"}],
@@ -101,7 +104,8 @@ class Reference(NamedTuple):
     """What the merged folder is held against.
 
     template: the adapter's chat template; rules: see `tokenizer_rules`; prompts: [(text, ids)] of QUESTIONS; answers:
-    [Answer] to them; digests: {name of tensor: digest} of the merged weights in memory.
+    [Answer] to them; digests: {name of tensor: digest} of the merged weights in memory; wrapper: the
+    `mechanisms.wrapper.Wrapper` whose other tensors the folder holds, or None.
     """
 
     template: str
@@ -109,6 +113,7 @@ class Reference(NamedTuple):
     prompts: list
     answers: list
     digests: dict
+    wrapper: Wrapper | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,15 +199,17 @@ def merge_weights(model):
     return model.merge_and_unload()
 
 
-def save(folder, model, tokenizer, args, base):
+def save(folder, model, tokenizer, args, base, wrapper):
     """Write everything that the merged model needs into the new folder `folder`. Returns `Reference.digests`."""
     check_disk("--output_dir", os.path.dirname(os.path.abspath(folder)),
-               sum(parameter.nbytes for parameter in model.parameters()))
+               sum(parameter.nbytes for parameter in model.parameters()) + (wrapper.size if wrapper else 0))
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)
     tokenizer.save_pretrained(folder)
     add_former_names(folder)
-    write(folder, "README.md", model_card(args, base, str(model.dtype).removeprefix("torch.")))
+    if wrapper:
+        wrapper.complete(folder)
+    write(folder, "README.md", model_card(args, base, str(model.dtype).removeprefix("torch."), wrapper))
     if args.ollama:
         write(folder, "Modelfile", modelfile(tokenizer, model.generation_config))
     return digests(model)
@@ -219,10 +226,11 @@ def digests(model):
             for name, tensor in model.state_dict().items()}
 
 
-def model_card(args, base, dtype):
+def model_card(args, base, dtype, wrapper):
     """README.md of the merged folder, with the adapter's own below."""
     base = source_name(base)
-    card = (f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+    card = (f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\n"
+            f"pipeline_tag: {'image-text-to-text' if wrapper else 'text-generation'}\n---\n\n"
             f"`{base}` with the adapter `{os.path.basename(os.path.normpath(args.adapter_path))}` merged into it "
             f"({dtype}). Prompts are ChatML, by this folder's chat template.\n")
     try:
@@ -265,11 +273,22 @@ def verify(folder, reference):
     if changed:
         raise UserError(f"weights that are not those of the merge, bit by bit: {', '.join(sorted(changed)[:5])}"
                         + (f" and {len(changed) - 5} more" if len(changed) > 5 else ""))
+    others = check_others(folder, reference.wrapper) if reference.wrapper else []
     difference = max(compare(model, tokenizer, answer) for answer in reference.answers)
-    return [("files", len(os.listdir(folder))), ("weights", f"{len(found)} tensors, bit by bit"),
+    return [("files", len(os.listdir(folder))), ("weights", f"{len(found)} tensors, bit by bit"), *others,
             ("prompts", f"{len(prompts)}, byte by byte"),
             ("logits", f"within {difference:.1e} of their spread ({allowed(model)})"),
             ("greedy answers", f"{len(reference.answers)}, token by token")]
+
+
+def check_others(folder, wrapper):
+    """Prove that the folder's tensors beside the text part's are the base model's. Returns rows as `verify` does.
+
+    Raises UserError.
+    """
+    if wrong := wrapper.differences(folder):
+        raise UserError(f"tensors beside the text part that are not those of {wrapper.folder}: {', '.join(wrong[:5])}")
+    return [("vision tower and others", f"{sum(map(len, wrapper.others.values()))} tensors, the base's bytes")]
 
 
 def missing_files(folder):
@@ -314,6 +333,9 @@ def merge(argv):
     """The whole run. Raises UserError for what the user can put right, and if the result is not the same model."""
     args = parse_arguments(argv)
     base = find_full_base(args)
+    if args.text_only:
+        check_text_only(base)
+    wrapper = Wrapper(base) if is_wrapped(base) and not args.text_only else None
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     folder = os.path.normpath(args.output_dir)
@@ -329,7 +351,7 @@ def merge(argv):
     model.generation_config = generation
     say(f"Merged; saving to {unfinished}")
     reference = Reference(tokenizer.chat_template, tokenizer_rules(tokenizer), prompts, answers,
-                          save(unfinished, model, tokenizer, args, base))
+                          save(unfinished, model, tokenizer, args, base, wrapper), wrapper)
     del model
     gc.collect()  # one copy at a time: the next is loaded from disk
 

@@ -14,6 +14,7 @@ kill there is no `merged-Int4`, or a whole one. A model that the rounding has br
 import sys
 from dataclasses import dataclass, field
 
+from mechanisms.data.shapes import parse_columns
 from mechanisms.errors import UserError, interrupts_end_at_once, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
 from mechanisms.paths import not_empty
@@ -31,6 +32,8 @@ class QuantizeArguments:
         "help": "Folder or Hugging Face Hub name of a 16- or 32-bit model.", "exists": "model"})
     data_path: list[str] = field(metadata={"help": "Calibration data, as finetune.py takes it.", "exists": "data"})
     out_path: str = field(metadata={"help": "Folder to make. It must not exist, or be empty."})
+    columns: list[str] = field(default=None, metadata={
+        "help": "Which column of the data is what, as finetune.py takes it.", "metavar": "KEY=COLUMN"})
     max_len: int = field(default=8192, metadata={"help": "Longer conversations are cut to this many tokens."})
     bits: int = field(default=4, metadata={"help": "Bits per weight: 8, 4, 3 or 2."})
     group_size: int = field(default=128, metadata={
@@ -46,6 +49,9 @@ def parse_arguments(argv):
     """argv -> QuantizeArguments. Raises UserError with everything that is wrong with them."""
     args, words = parse_into((QuantizeArguments,), argv)
     problems = [f"unexpected argument {word!r}" for word in words]
+    if args.columns:
+        args.columns, wrong = parse_columns(args.columns)
+        problems += wrong
     if args.bits not in LARGEST_RATIO:
         problems.append(f"--bits {args.bits}: GPTQ has {', '.join(map(str, LARGEST_RATIO))}")
     for name in ("max_len", "max_samples"):
@@ -85,10 +91,11 @@ from mechanisms.data.datasets import read_files, to_conversations
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.records import Notices, Problems, find_files
 from mechanisms.data.shapes import BadRecord
+from mechanisms.device import runs_on_cpu
 from mechanisms.errors import first_line
 from mechanisms.gptq import GROUP_SIZES, quantize
 from mechanisms.linear_attention import LINEAR
-from mechanisms.loading import LOADING_ERRORS, load_config, load_weights
+from mechanisms.loading import LOADING_ERRORS, check_rows, load_config, load_weights
 from mechanisms.lora import empty_network, experts_of
 from mechanisms.paths import check_disk, source_name
 from mechanisms.qwen1 import convert_if_qwen1
@@ -137,6 +144,7 @@ def check_quantizable(args):
         raise UserError(f"--group-size {args.group_size} does not work with this model, whose layers have input widths "
                         f"of {', '.join(map(str, sorted(widths)))}; possible: "
                         + ", ".join(map(str, [*possible, "-1 (one group for a whole row)"])))
+    check_rows(args.model_name_or_path, config)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and args.max_len > limit:
         say(f"note: --max_len {args.max_len} is more than the model's {limit} positions: {limit} is used")
@@ -154,8 +162,11 @@ def prepare_samples(args, tokenizer, problems):
     Raises UserError as finetune.py does, with every problem of the data.
     """
     encoder, notices = ConversationEncoder(tokenizer, args.max_len), Notices()
-    records = read_files(find_files(args.data_path, problems), problems)
-    conversations = to_conversations(records, problems, notices)
+    files = find_files(args.data_path, problems)
+    problems.fatal += [f"{path}:{share:g}: a share of a file is for training only. Give --max_samples"
+                       for path, share in files.items() if share != 1]
+    records = read_files(files, problems)
+    conversations = to_conversations(records, problems, notices, args.columns)
     distinct = {}
     for place, conversation in counted(conversations, "reading", "records"):
         distinct.setdefault(conversation.digest, (place, conversation))
@@ -254,6 +265,7 @@ def model_card(args, samples, before, after):
 def run(argv):
     """The whole run. Raises UserError for what the user can put right, BrokenModel if the result is of no use."""
     args = parse_arguments(argv)
+    runs_on_cpu("set CUDA_VISIBLE_DEVICES= ")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     args.model_name_or_path = convert_if_qwen1(args.model_name_or_path)

@@ -263,7 +263,8 @@ def parse_ours(job):
                            "model_max_length": job["width"], "disable_tqdm": True}
     argv = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     if job["lora"]:
-        argv += ["--use_lora", "--lora_dropout", "0", "--lora_embeddings", "none"]
+        argv += ["--use_lora", "--lora_dropout", "0", "--lora_embeddings", "none", "--lora_target_modules",
+                 "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return finetune.parse_arguments(prepare_command_line(finetune.__file__, argv))
 
 

@@ -73,6 +73,7 @@ read_flags() {
             -m | --model) name=--model_name_or_path ;;
             -d | --data | --data-path) name=--data_path ;;
             -o | --output) name=--output_dir ;;
+            --use_cpu | --use-cpu) GPUS_PER_NODE=${GPUS_PER_NODE:-1} ;;
             -h | --help) header "$0" && echo && header "$ROOT/finetune/launch.sh" && exit 0 ;;
         esac
         [[ $name == --data_path ]] && data=given

@@ -4,13 +4,19 @@ transformers can do the same with a block-diagonal mask; that one is as large as
 work. Here the work is that of the samples alone.
 """
 
+import functools
 import importlib.util
+import inspect
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
+
+from mechanisms.console import say
+from mechanisms.errors import first_line
 
 WITHIN_SAMPLES = "within_samples"
 VARLEN = "varlen"  # what that does on a GPU, for tensors without content, which are on no device
@@ -34,7 +40,7 @@ def within_samples(module, query, key, value, attention_mask, scaling=None, drop
                                       **kwargs)
     if sliding_window is not None and sliding_window >= max_length_q:
         sliding_window = None
-    if query.is_cuda and (torch.is_autocast_enabled("cuda") or query.dtype != torch.float32) and not dropout:
+    if has_flash_attention(query.device, _dtype(query)) and not dropout:
         return _varlen(query, key, value, scaling, cu_seq_lens_q, max_length_q, sliding_window), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -54,12 +60,26 @@ def _varlen(query, key, value, scaling, bounds, longest, sliding_window):
     """The same by the flash attention that comes with torch, for 16-bit numbers on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    query, key, value = (tensor[0].transpose(0, 1).to(_dtype(query)) for tensor in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    grouped = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+        key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+        grouped = {}
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=window,
-                       enable_gqa=True)[None]
+                       **grouped)[None]
+
+
+def _dtype(tensor):
+    """In which a tensor is computed with: autocast's, where that is on."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+@functools.cache
+def has_flash_attention(device, dtype):
+    """Whether flash attention runs on a torch.device in this dtype: in 16 bits, on NVIDIA's Ampere and later."""
+    return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _varlen_anywhere(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None,
@@ -81,8 +101,29 @@ AttentionInterface.register(VARLEN, _varlen_anywhere)
 AttentionMaskInterface.register(VARLEN, _mask)
 
 
-def best_attention(device):
-    """The attn_implementation to train with on a torch.device: flash-attn's where it is installed."""
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn"):
-        return "flash_attention_2"
-    return WITHIN_SAMPLES
+def best_attention(device, dtype):
+    """The attn_implementation to train with on a torch.device: flash-attn's where it is installed and works there.
+
+    dtype: that of the computation.
+    """
+    if device.type != "cuda" or not importlib.util.find_spec("flash_attn"):
+        return WITHIN_SAMPLES
+    if not has_flash_attention(device, dtype):
+        reason = f"it computes in 16 bits on Ampere and later, not in {dtype} on {torch.cuda.get_device_name(device)}"
+    else:
+        reason = _why_not_importable()
+    if reason:
+        say(f"note: flash-attn is installed and not used: {reason}. torch's own attention is used")
+        return WITHIN_SAMPLES
+    return "flash_attention_2"
+
+
+def _why_not_importable():
+    """Such as for another torch than is here, or flash-attn 4, which has other functions. None: it is importable."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except (ImportError, OSError) as error:  # an undefined symbol is an ImportError, a missing library an OSError
+        return first_line(error)
+    if not is_flash_attn_2_available():
+        return "transformers does not know its version"
+    return None

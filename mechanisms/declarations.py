@@ -15,14 +15,18 @@ import textwrap
 from typing import NamedTuple
 
 from mechanisms.errors import UserError
+from mechanisms.refusals import never_taken
 
 # Fields that are shown under the name everybody still uses; transformers will drop the old one in its version 6.
 PUBLIC = {"activation_checkpointing": "gradient_checkpointing",
           "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs"}
 TRAINER = "transformers"  # the group of the flags that a training script inherits
 METADATA = ("exists", "missing", "hidden")  # keys of a field's metadata that argparse does not know, see flags.py
-TYPES = {"int": ("INT", "a whole number"), "float": ("FLOAT", "a number"), "bool": ("True|False", "True or False")}
+TYPES = {"int": ("INT", "a whole number"), "float": ("FLOAT", "a number"), "bool": ("True|False", "True or False"),
+         "dict": ("JSON", 'JSON such as {"key": 1}')}
 TEXT = "TEXT", "a value"
+OTHERS_WORK = "These flags of transformers.TrainingArguments work as well (docs/flags.md describes all):"
+OTHERS_REFUSED = "These take no value but their default; any other is refused with the reason, see docs/flags.md:"
 
 
 class Flag(NamedTuple):
@@ -115,6 +119,8 @@ def _flag(statement, enums):
     metadata = {_literal(key): _literal(value) for key, value in zip(metadata.keys, metadata.values)}
     default = _literal(keywords.get("default"))
     kind, optional = _type(statement.annotation)
+    if "dict" in ast.unparse(statement.annotation):
+        kind = "dict"
     nargs = metadata.get("nargs")
     if match := re.fullmatch(r"list\[(.+)\]", kind):
         kind, nargs = match[1], "+"
@@ -158,9 +164,12 @@ def print_help(script: str):
         for flag in flags:
             if flag.shown:
                 print(*_described(flag, width), sep="\n")
-    if others:
-        print("\nEvery other flag of transformers.TrainingArguments works as well:")
-        print(textwrap.fill(", ".join(others), width, initial_indent="  ", subsequent_indent="  "))
+    refused = never_taken()
+    for head, names in ((OTHERS_WORK, [name for name in others if name not in refused]),
+                        (OTHERS_REFUSED, [name for name in others if name in refused])):
+        if names:
+            print("\n" + textwrap.fill(head, width))
+            print(textwrap.fill(", ".join(names), width, initial_indent="  ", subsequent_indent="  "))
 
 
 def _described(flag, width):

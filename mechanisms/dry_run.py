@@ -23,7 +23,7 @@ def shorten(training_args, train_dataset, eval_dataset):
     os.makedirs(training_args.output_dir, exist_ok=True)
     training_args.max_steps = training_args.save_steps = training_args.logging_steps = 1
     training_args.save_strategy, training_args.eval_strategy = SaveStrategy.STEPS, IntervalStrategy.NO
-    training_args.load_best_model_at_end = training_args.push_to_hub = False
+    training_args.load_best_model_at_end = False
     training_args.report_to = []
     evaluated = training_args.eval_batch_size * training_args.world_size
     return (_longest(train_dataset, items_per_step(training_args)),

@@ -14,22 +14,20 @@ from mechanisms.paths import source_name
 from mechanisms.summary import items_per_step, step_count
 
 # A resumed run may have other values of these: they change what is said, saved and measured, and not what is learned.
+# (Flags that are refused, see refusals.py, always have the same.)
 MAY_CHANGE = frozenset("""
     output_dir cache_dir resume_from_checkpoint lazy_preprocess skip_bad_rows
-    do_train do_eval do_predict eval_data_path eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps
-    eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size prediction_loss_only batch_eval_metrics
-    bf16_full_eval fp16_full_eval include_for_metrics load_best_model_at_end metric_for_best_model greater_is_better
-    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
-    log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name project skip_memory_metrics debug
-    trackio_space_id trackio_bucket_id trackio_static_space_id
-    save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
-    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    do_train do_eval eval_data_path eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
+    load_best_model_at_end metric_for_best_model greater_is_better
+    logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm
+    report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug
+    save_dtype save_strategy save_steps save_total_limit save_only_model text_only save_on_each_node
     use_cpu local_rank ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
     ddp_static_graph activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
     gradient_checkpointing_kwargs torch_empty_cache_steps
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-    dataloader_multiprocessing_context dataloader_in_order
-    loss_spike_factor verify_checkpoint trust_checkpoint dry_run
+    dataloader_multiprocessing_context loss_spike_factor trained_weights memory_limit verify_checkpoint
+    trust_checkpoint dry_run
 """.split())
 # What these name counts, and not the name: a folder may have moved.
 BY_CONTENT = frozenset({"model_name_or_path", "data_path", "lora_weight_path", "deepspeed"})

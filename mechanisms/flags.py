@@ -11,18 +11,23 @@ Beside what argparse knows, the metadata of a field may say:
 
 import difflib
 import glob
+import json
+import math
 import os
 import re
 import signal
 import sys
 from collections.abc import Iterable
+from dataclasses import MISSING, fields
 from typing import NamedTuple
 
 from mechanisms.config_file import CONFIG_FILE, VARIABLE, read_config
 from mechanisms.declarations import METADATA, PUBLIC, TRAINER, Flag, print_help, read_flags
 from mechanisms.errors import UserError
 from mechanisms.hints import what_to_write
-from mechanisms.paths import could_be_on_the_hub, data_files, deepspeed_file
+from mechanisms.paths import could_be_on_the_hub, deepspeed_file, model_folder
+from mechanisms.refusals import LIMITS, NEEDS, OTHERS, REFUSED
+from mechanisms.sources import data_files
 
 # Flags of the original scripts that transformers 5 knows under another name. They are read as the new name, and said.
 RENAMED = {"evaluation_strategy": "eval_strategy",
@@ -80,11 +85,14 @@ def prepare_command_line(script: str, argv: list[str]) -> list[str]:
     last = {entry.flag.name: entry for entry in given}
     if not advice:  # else it may be there under another name
         problems += [_missing(flag) for flag in flags.values() if flag.required and flag.name not in last]
-    problems += [problem for entry in last.values() if not _wrong_values(entry) for problem in _not_there(entry)]
+    last = {name: entry for name, entry in last.items() if not _wrong_values(entry)}
+    problems += [problem for entry in last.values() for problem in _not_there(entry)]
+    if trains:
+        problems += [problem for entry in last.values() for problem in _refused(entry, last, flags)]
     if problems:
         raise UserError(NEXT_LINE.join(problems) + advice)
     _say_new_names(given)
-    return words + [word for entry in given for word in _as_words(entry)]
+    return [model_folder(word) for word in words] + [word for entry in given for word in _as_words(entry)]
 
 
 def make_parser(classes: Iterable[type]):
@@ -101,13 +109,57 @@ def make_parser(classes: Iterable[type]):
     return Parser(classes, allow_abbrev=False)
 
 
-def parse_into(classes: Iterable[type], argv: list[str]) -> tuple:
+def parse_into(classes: Iterable[type], argv: list[str], problems: list[str] | None = None) -> tuple:
     """What `prepare_command_line` returned -> one instance of each dataclass, and the list of words beside the flags.
 
-    Raises UserError: a value that a flag does not take, or a required flag that is missing.
+    Args:
+        problems: gets a line for each value that a dataclass itself refuses; the instance has the default instead.
+
+    Raises UserError: a value that a flag does not take, or a required flag that is missing; without `problems`, all
+    that would be put there.
     """
-    return make_parser(classes).parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False)
+    found = [] if problems is None else problems
+    namespace, words = make_parser(classes).parse_known_args(argv)
+    made = [_make(cls, vars(namespace), found) for cls in classes]
+    if found and problems is None:
+        raise UserError(NEXT_LINE.join(found))
+    return *made, words
+
+
+def _make(cls, values, problems):
+    """An instance of a dataclass. What it says against a value becomes a problem, and that value is left out, until
+    it says nothing more: by itself it would name the first problem only."""
+    defaults = {field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+                for field in fields(cls) if field.init}
+    given = {name: values[name] for name in defaults if values[name] != defaults[name]}
+    while given:
+        instance, problem = _try(cls, given)
+        if not problem:
+            return instance
+        blamed = _to_blame(cls, given, problem)
+        name = f"--{PUBLIC.get(blamed, blamed)}"
+        problems.append(problem if blamed is None or name in problem else f"{name}: {problem}")
+        given = {} if blamed is None else _without(given, blamed)
+    return cls()
+
+
+def _to_blame(cls, values, problem):
+    """The name of the value that a dataclass speaks of, None if it would say the same without any one of them."""
+    others = {name: _try(cls, _without(values, name))[1] for name in values}  # what it says without that value
+    return min((name for name in values if others[name] != problem), default=None,
+               key=lambda name: (others[name] is not None, name not in problem))
+
+
+def _without(values, name):
+    return {other: value for other, value in values.items() if other != name}
+
+
+def _try(cls, values):
+    """(instance, None), or (None, what its __post_init__ says against the values)."""
+    try:
+        return cls(**values), None
+    except (UserError, ValueError, ImportError) as error:
+        return None, " ".join(str(error).split())
 
 
 # -- what is given ----------------------------------------------------------------------------------------------------
@@ -161,8 +213,10 @@ def _take_values(rest, flag, flags):
 
 
 def _as_declared(entry):
-    """The values with comma lists split and choices in the declared case."""
+    """The values with comma lists split, choices in the declared case, and models of the Hub's cache found in it."""
     values = entry.values
+    if entry.flag.metadata.get("exists") == "model":
+        values = [model_folder(value) for value in values]
     if entry.flag.nargs == "+":
         values = [part for value in values for part in _split_at_commas(value)]
     spelling = {choice.lower(): choice for choice in entry.flag.choices}
@@ -172,7 +226,8 @@ def _as_declared(entry):
 def _split_at_commas(value):
     if glob.glob(value):  # a file with a comma in its name
         return [value]
-    return [part.strip() for part in value.split(",") if part.strip()] or [value]
+    parts = re.split(r",(?![^{}]*\})", value)  # the comma in x{1,2} is part of a regular expression
+    return [part.strip() for part in parts if part.strip()] or [value]
 
 
 def _as_words(entry):
@@ -222,11 +277,57 @@ def _fits(flag, value):
         return value in flag.choices
     if flag.type == "bool":
         return value.lower() in BOOLEANS
+    if flag.type == "dict" and not value.startswith("{"):
+        return "exists" in flag.metadata or os.path.isfile(value)
     try:
-        {"int": int, "float": float}.get(flag.type, str)(value)
+        number = {"int": int, "float": float, "dict": json.loads}.get(flag.type, str)(value)
     except ValueError:
         return False
-    return True
+    return flag.type != "float" or math.isfinite(number)
+
+
+def _refused(entry, last, flags):
+    """Lines: why the value of a flag is refused, by the tables of refusals.py.
+
+    last: {name of a flag: the entry that counts}, of values that the flags take.
+    """
+    name, value, problems = entry.flag.name, _value(entry), []
+    if entry.flag.nargs == 0:  # --no_x is --x False
+        name = name.removeprefix("no_")
+    plain = _is_default(flags[name], value)
+    for row in REFUSED:
+        refused = value in row.values or row.values == OTHERS and not plain
+        beside = not row.beside or any(_is_given(other, last, flags) for other in row.beside)
+        if name in row.flags.split() and refused and beside:
+            problems.append(f"{entry} {value}: {row.why}" if row.values else f"{entry}: {row.why}")
+    for fits, words, limit, names in LIMITS:
+        if name in names.split() and not plain and not fits(float(value), limit):
+            problems.append(f"{entry} {value}: {words} {limit:,}")
+    if name in NEEDS and not plain and not any(_is_given(other, last, flags) for other in NEEDS[name]):
+        problems.append(f"{entry} has no effect without {' or '.join(NEEDS[name])}")
+    return problems
+
+
+def _value(entry):
+    """The value as one word, as it is declared."""
+    if entry.flag.nargs == 0:
+        return "False"
+    value = " ".join(entry.values) or ("True" if entry.flag.nargs == "?" else "")
+    return str(value.lower() in BOOLEANS[:len(BOOLEANS) // 2]) if entry.flag.type == "bool" else value
+
+
+def _is_default(flag, value):
+    if flag.default is not None and flag.type in ("int", "float"):
+        return float(value) == flag.default
+    return value == str(flag.default)
+
+
+def _is_given(words, last, flags):
+    """Whether a flag has the value that `words` name, or any but its default."""
+    name, _, wanted = words.removeprefix("--").partition(" ")
+    flag = flags[name]
+    value = _value(last[flag.name]) if flag.name in last else str(flag.default)
+    return value == wanted if wanted else not _is_default(flag, value)
 
 
 def _missing(flag):

@@ -86,13 +86,20 @@ def gptqmodel_hidden(hidden):
         is_gptqmodel_available.cache_clear()
 
 
-def trainable_backend(device):
-    """What stands as "backend" in the quantization config of a model that is trained on a torch.device.
+# What stands as "backend" in the quantization config of a model that is trained. Left to itself, gptqmodel takes the
+# fastest kernel, and gradients end there without a word: Marlin's on a GPU, on a CPU that for inference, for ever, as
+# soon as the model is evaluated before it is trained. Its "auto_trainable" ends at this one too, after it has compiled
+# two for inference, in every process, without a word.
+TRAINABLE_BACKEND = "gptq_torch"
 
-    Left to itself, gptqmodel takes the fastest kernel, and gradients end there without a word: Marlin's on a GPU, on a
-    CPU that for inference, for ever, as soon as the model is evaluated before it is trained.
+
+def name_backend(config):
+    """Say in a GPTQ model's config which kernel answers on a GPU, if nothing does: that of Triton, where it can.
+
+    Left to itself, gptqmodel compiles those that it would like better first, for minutes, without a word.
     """
-    return "auto_trainable" if device.type == "cuda" else "gptq_torch"
+    settings = config.quantization_config
+    settings.setdefault("backend", "gptq_triton" if settings["bits"] in (2, 4, 8) else "gptq_torch")
 
 
 def portable_backend(group_size):

@@ -166,3 +166,13 @@ class HeadLoss:
 def mean(logits, labels, vocab_size, *, shift_labels, num_items_in_batch=None, **_):
     """In place of transformers' loss function: `logits` are the summed loss already."""
     return logits / (max(1, shift_labels.numel()) if num_items_in_batch is None else num_items_in_batch)
+
+
+def smoothed(smoothing, logits, labels, vocab_size, *, shift_labels, num_items_in_batch=None, **_):
+    """In place of transformers' loss function where there is no `HeadLoss`: logits (1, n, vocabulary) -> the same loss.
+
+    Trainer's own label smoother would shift the logits once more.
+    """
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), shift_labels.flatten(), reduction="sum",
+                                             label_smoothing=smoothing)
+    return mean(loss, labels, vocab_size, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)

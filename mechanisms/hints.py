@@ -13,6 +13,8 @@ FLAGS = {
     "--data_path FILE": """data dataset datasets dataset_path dataset_name dataset_dir data_dir data_file data_files
         train_file train_files train_data train_dataset train_path training_data custom_dataset_path
         custom_train_dataset_path d""",
+    "--columns, as in --columns prompt=question response=answer": """prompt_column response_column field_messages
+        column_mapping input_column output_column messages_field field_instruction field_output""",
     "--eval_data_path FILE": """eval_dataset eval_data eval_file eval_path val_data val_dataset val_file validation_data
         validation_file test_file custom_val_dataset_path""",
     "--eval_ratio": """val_size val_set_size val_ratio validation_split validation_split_percentage
@@ -40,7 +42,6 @@ FLAGS = {
     "--optim": "optimizer optimizer_type optimizer_name",
     "--optim adafactor": "adafactor",
     "--max_grad_norm": "grad_clip clip_grad gradient_clipping gradient_clip_val max_norm",
-    "--train_sampling_strategy group_by_length": "group_by_length",
     "--gradient_checkpointing": "use_gradient_checkpointing enable_gradient_checkpointing grad_checkpointing",
     "--gradient_checkpointing False": "disable_gradient_checkpointing",
     "--dtype": "torch_dtype precision model_dtype",
@@ -59,6 +60,8 @@ FLAGS = {
     "--lora_dropout": "lora_dropout_p lora_dropout_rate lora_drop dropout",
     "--lora_target_modules": "lora_target lora_targets lora_modules target_modules lora_target_linear",
     "--lora_experts": "lora_target_parameters target_parameters",
+    "--use_rslora": "rslora",
+    "--use_dora": "dora",
     "--lora_bias": "bias lora_bias_trainable",
     "--lora_embeddings": "additional_target modules_to_save lora_modules_to_save",
     "--lora_weight_path": """adapter_name_or_path adapter_path adapters lora_model_dir lora_path lora_weights
@@ -70,7 +73,6 @@ FLAGS = {
     "--lazy_preprocess": "lazy_tokenize streaming lazy",
     "--deepspeed": "deepspeed_config ds_config zero_stage",
     "--use_liger_kernel": "enable_liger_kernel use_liger liger_kernel",
-    "--neftune_noise_alpha": "neftune_alpha noise_alpha noisy_embedding_alpha",
     "--cache_dir": "dataset_prepared_path tokenized_path",
     "--report_to": "use_wandb wandb use_swanlab use_tensorboard",
     "--run_name": "wandb_name wandb_run_name",
@@ -89,16 +91,18 @@ NO_FLAG = {
         use_flash_attention use_flash_attention_2 attn_implementation attn_impl xformers_attention sdp_attention""",
     "leave it out, the model's folder says it": """model_type tokenizer tokenizer_name tokenizer_name_or_path
         tokenizer_type use_fast_tokenizer base_model_config config_name rope_scaling""",
-    "leave it out, nothing is padded here": "padding padding_side padding_free pad_to_max_length pad_to_sequence_len",
+    "leave it out, nothing is padded here": """padding padding_side padding_free pad_to_max_length pad_to_sequence_len
+        group_by_length""",
     "leave it out, nothing is overwritten: the same command resumes": "overwrite_output_dir",
     "leave it out, all cores are used": "preprocessing_num_workers dataset_num_proc num_proc dataset_processes",
     "leave it out, the tokens are made again when the data change": "overwrite_cache load_from_cache_file",
     "leave it out, the shape of each record is recognised": """dataset_text_field dataset_format data_format
-        dataset_type formatting prompt_column response_column columns field_messages""",
+        dataset_type formatting""",
     "leave it out, this program does supervised fine-tuning only": "stage task task_type rlhf_type rl",
     "leave it out, the result is always written as safetensors": "save_safetensors safe_serialization",
     "leave it out, the losses are in trainer_state.json of the result": "plot_loss",
-    "leave it out, the adapters are plain LoRA": "use_dora dora use_rslora rslora pissa_init loraplus_lr_ratio",
+    "leave it out, adapters have one learning rate": "loraplus_lr_ratio",
+    "leave it out, no noise is added to embeddings here": "neftune_alpha noise_alpha noisy_embedding_alpha",
     "leave it out, the vocabulary stays that of the model": "resize_vocab new_special_tokens special_tokens",
     "give a file with fewer records": "max_samples max_train_samples train_dataset_sample num_samples",
     "give it to torchrun, before finetune.py": """nproc_per_node nnodes node_rank master_addr master_port num_gpus gpus

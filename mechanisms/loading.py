@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import glob
 import json
 import os
 import pickle
@@ -13,14 +14,26 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mechanisms.console import say
+from mechanisms.data.template import free_tokens
 from mechanisms.errors import UserError, first_line
-from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq
+from mechanisms.gptq import gptqmodel_hidden, import_gptqmodel, is_gptq, name_backend
 from mechanisms.linear_attention import LINEAR
-from mechanisms.lora import MLP, default_targets, empty_network, experts_of, peft_name, reach, takes_mlps_for_experts
+from mechanisms.lora import (
+    MLP,
+    empty_network,
+    experts_of,
+    last_parts,
+    layers_of,
+    peft_name,
+    reach,
+    read_targets,
+    takes_mlps_for_experts,
+)
 from mechanisms.paths import could_be_on_the_hub, find_base
 from mechanisms.qwen1 import convert_if_qwen1, todays_names
 from mechanisms.tokenizer import end_at_turns, load_tokenizer
 
+CHANGE_THE_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"  # of peft's init_lora_weights
 LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError
 
 
@@ -39,8 +52,14 @@ def load_weights(path, **options):
 
     Raises UserError for such a folder, and LOADING_ERRORS as that does.
     """
-    if is_gptq(options.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=False)):
+    if "config" not in options:
+        options["config"] = text_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    config = options["config"]
+    check_rows(path, config)
+    if is_gptq(config):
         import_gptqmodel()
+        if torch.cuda.is_available():
+            name_backend(config)
     with no_code(path):
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False,
                                                            **options)
@@ -48,6 +67,11 @@ def load_weights(path, **options):
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{path} is not a whole model: its files lack {', '.join(missing[:3])}{more}")
+    # A model is saved with the conversions of its loading undone. Under ZeRO-3 transformers keeps also those that the
+    # files had no use for: experts published in one tensor for a layer would be saved one by one. Can go when it keeps
+    # those that were used, as it does without ZeRO-3 (transformers/integrations/deepspeed.py).
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
     # On a CPU with bfloat16 instructions bitsandbytes packs 4-bit weights anew at the first evaluation, for good and
     # for a product that has no gradient: training would go on without. It also fails on layers of fewer than 64 inputs.
     # Can go when it unpacks them for training (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078).
@@ -55,6 +79,41 @@ def load_weights(path, **options):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_rows(path, config):
+    """Refuse a model folder whose config has another number of tokens than its weights. Raises UserError.
+
+    Only headers of safetensors are read; of what is no folder of them, nothing.
+    """
+    rows = config.get_text_config().vocab_size
+    for file in sorted(glob.glob(os.path.join(glob.escape(path), "model*.safetensors"))):
+        try:
+            with safe_open(file, "pt") as tensors:
+                found = {name: tensors.get_slice(name).get_shape()[0] for name in tensors.keys()
+                         if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the weights in {path} cannot be loaded: {os.path.basename(file)}: "
+                            f"{first_line(error)}") from error
+        for name, number in found.items():
+            if number != rows:
+                raise UserError(f"{path}: vocab_size is {rows:,} in its config.json, and {name} in "
+                                f"{os.path.basename(file)} has {number:,} rows: the two are of different models")
+
+
+def check_tokens(path, config, tokenizer, keep_added_tokens):
+    """`check_rows`, and refuse a tokenizer with tokens that can occur in a sample and have no embedding.
+
+    keep_added_tokens: whether those that the chat template does not write can. Raises UserError.
+    """
+    check_rows(path, config)
+    rows, never = config.vocab_size, () if keep_added_tokens else free_tokens(tokenizer)
+    beyond = [token for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+              if number >= rows and token not in never]
+    if beyond:
+        raise UserError(f"{path}: the model has embeddings of {rows:,} tokens, and {len(beyond):,} of its tokenizer's "
+                        f"lie beyond, from {beyond[0]} on: they were added without model.resize_token_embeddings, or "
+                        "the tokenizer is another model's")
 
 
 def load_to_answer(path, base_model=None, dtype="auto", device_map=None):
@@ -73,8 +132,8 @@ def load_to_answer(path, base_model=None, dtype="auto", device_map=None):
     has_tokenizer = base is None or os.path.isfile(os.path.join(path, "tokenizer_config.json"))
     tokenizer = load_tokenizer(folder if has_tokenizer else source)
     if base:
-        config = model_config(source, f"the base model of {path}").get_text_config()
-        check_adapter(path, read_adapter(path), source, config)
+        config = model_config(source, f"the base model of {path}")
+        check_adapter(path, read_adapter(path), source, text_config(config))
     try:
         model = load_weights(source, dtype=dtype, device_map=device_map)
     except LOADING_ERRORS as error:
@@ -133,7 +192,13 @@ def load_config(path, cache_dir=None):
     if not {type(outer), type(config)} <= set(MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{path} is a {outer.model_type} model, which transformers cannot load as a language model "
                         "alone. Use a text model (Qwen3), or one whose language part stands alone (Qwen3.5, Qwen3.6)")
-    if config is not outer:  # what a wrapper says for both
+    return text_config(outer)
+
+
+def text_config(outer):
+    """The config of a model's text part, with what a wrapper says for all of its parts."""
+    config = outer.get_text_config()
+    if config is not outer:
         config.tie_word_embeddings = config.tie_word_embeddings or outer.tie_word_embeddings
         config._commit_hash = getattr(outer, "_commit_hash", None)
         if getattr(outer, "quantization_config", None):
@@ -143,8 +208,8 @@ def load_config(path, cache_dir=None):
 
 def fit_arguments(config, training_args, lora_args):
     """Change two arguments to what the model has, and say so: --model_max_length to its number of positions (as YaRN
-    extends it), and --lora_target_modules to its own linear layers, where none are given, or names of Qwen-1's layers
-    to today's. The config's router loss is switched off: transformers adds it to the loss of each batch as a whole,
+    extends it), and --lora_target_modules to names or a pattern of its layers, see `read_targets`, those of Qwen-1 to
+    today's. The config's router loss is switched off: transformers adds it to the loss of each batch as a whole,
     whatever part of a step that batch is."""
     if getattr(config, "output_router_logits", False):
         say("note: the model's config asks for a loss of its routers: it is switched off, they are trained by the "
@@ -159,11 +224,9 @@ def fit_arguments(config, training_args, lora_args):
             f"{limit} is used")
         training_args.model_max_length = limit
     if training_args.use_lora and not lora_args.lora_weight_path:
-        network = empty_network(config)
-        if lora_args.lora_target_modules is None:
-            lora_args.lora_target_modules = default_targets(network)
-        else:
-            lora_args.lora_target_modules = todays_names(lora_args.lora_target_modules, layer_names(network))
+        words, network = lora_args.lora_target_modules, empty_network(config)
+        words = words and todays_names(words, layer_names(network))
+        lora_args.lora_target_modules = read_targets(words, network)
         say("Adapters:", reach(network, lora_args), "")
 
 
@@ -185,6 +248,8 @@ def check_trainable(model, config, training_args, lora_args):
                         "one sample of a batch into the next. Only attention, whole, sliding and linear, is supported")
     if not training_args.use_lora:
         return
+    if lora_args.use_dora and is_gptq(config):
+        raise UserError("--use_dora: peft has no DoRA for GPTQ layers. Leave it out, or train on the 16-bit model")
     network = empty_network(config)
     names = layer_names(network)
     experts = sum(weight.numel() for weight in experts_of(network).values())
@@ -194,16 +259,19 @@ def check_trainable(model, config, training_args, lora_args):
                         f"experts, which bitsandbytes leaves in 16 bits ({2 * experts / 1e9:,.1f} GB). Use --use_lora, "
                         "with ds_config_zero3.json if the model does not fit on a GPU")
     asked = [] if lora_args.lora_weight_path else lora_args.lora_target_modules
+    if isinstance(asked, str):
+        asked = last_parts(layers_of(asked, network)) or [asked]
     mlps = [name for name in asked if name.rpartition(".")[2] in MLP]
     if mlps and takes_mlps_for_experts(network):
         raise UserError(f"--lora_target_modules {' '.join(mlps)}: by these names peft adapts the routed experts of "
                         "this model, and no other MLPs. Leave them out: --lora_experts adapts them all")
     if lora_args.lora_experts and not experts:
         raise UserError("--lora_experts: this model has no routed experts. Leave it out")
-    missing = [name for name in asked if name.rpartition(".")[2] not in names]
+    missing = [name for name in asked if not layers_of([name], network)]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "
-                        + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head")))))
+                        + ", ".join(sorted(name for name in names if name.endswith(("_proj", "lm_head"))))
+                        + ". One word may also be all-linear, or a regular expression that matches whole names")
     if lora_args.lora_weight_path:
         adapter = read_adapter(lora_args.lora_weight_path)
         _check_settings(lora_args, adapter)
@@ -218,11 +286,16 @@ def read_adapter(path):
         raise UserError(f"the adapter {path}: no such folder")
     try:
         adapter = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"no usable adapter in {path}: {first_line(error)}") from error
     if adapter.peft_type != "LORA":
         raise UserError(f"the adapter {path} is of the kind {getattr(adapter.peft_type, 'value', adapter.peft_type)}: "
                         "only LoRA adapters can be continued, merged and talked to")
+    start = str(adapter.init_lora_weights).lower()
+    if start.startswith(CHANGE_THE_BASE):
+        raise UserError(f'the adapter {path} (init_lora_weights "{start}") took part of the base model\'s weights into '
+                        "itself when its training began, and the rest of them is not known here. Convert it to a plain "
+                        "LoRA adapter: peft's save_pretrained(..., path_initial_model_for_weight_conversion=...) does")
     wrong = [f'"{name}": {json.dumps(getattr(adapter, name))}' for name in ("r", "lora_alpha", "lora_dropout")
              if isinstance(getattr(adapter, name), bool) or not isinstance(getattr(adapter, name), (int, float))]
     if wrong:

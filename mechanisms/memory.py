@@ -1,4 +1,4 @@
-"""How much memory training takes on each rank, and whether a row's activations fit or are better computed twice.
+"""How much memory training takes on each rank.
 
 The model's config is enough: its network is built without content, and nothing is loaded. What is not counted are
 fragmentation, the buffers of collectives, and the weights that ZeRO-3 gathers for the layers at work.
@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from mechanisms import gptq
-from mechanisms.attention import VARLEN, WITHIN_SAMPLES
+from mechanisms.attention import VARLEN, WITHIN_SAMPLES, has_flash_attention
 from mechanisms.head_loss import loss_bytes
 from mechanisms.linear_attention import keep_within_samples
-from mechanisms.lora import empty_network
+from mechanisms.lora import empty_network, last_parts, layers_of
 
 RESERVE = 0.15  # share of the memory that is kept for what is not counted
 
@@ -38,6 +38,8 @@ class Setup(NamedTuple):
         offload_optimizer, offload_weights: whether DeepSpeed keeps these in the CPU's memory.
         device: torch.device that trains.
         optim, optim_args: the values of these flags.
+        accumulates: whether a step has several batches.
+        frugal: whether all weights are trained in bf16, without DeepSpeed (mechanisms/frugal.py).
     """
     config: PretrainedConfig
     adapter: object = None
@@ -51,6 +53,8 @@ class Setup(NamedTuple):
     device: torch.device = torch.device("cuda")
     optim: str = "adamw_torch_fused"
     optim_args: str | None = None
+    accumulates: bool = False
+    frugal: bool = False
 
 
 class State(NamedTuple):
@@ -60,23 +64,6 @@ class State(NamedTuple):
     optimizer: float
     offloaded: float  # not on the device but in the CPU's memory
     notes: list[str]  # what had to be guessed
-
-
-def checkpointing_needed(setup, tokens):
-    """Decide --gradient_checkpointing auto, for all ranks alike: -> (bool, a line that says why).
-
-    tokens: of the longest row that a rank will see.
-    """
-    available, state = available_bytes(setup.device), training_state(setup)
-    held = state.weights + state.gradients + state.optimizer + row_loss_bytes(setup, tokens)
-    stored, recomputed = (held + activations for activations in activation_bytes(setup, tokens))
-    needed = torch.tensor(float(stored > available * (1 - RESERVE)), device=setup.device)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(needed, torch.distributed.ReduceOp.MAX)
-    return bool(needed), "; ".join([
-        f"gradient checkpointing is {'on' if needed else 'off'}: a row of {tokens:,} tokens needs about "
-        f"{stored / 1e9:,.1f} GB without it, {recomputed / 1e9:,.1f} GB with it, of {available / 1e9:,.1f} GB",
-        *state.notes])
 
 
 def available_bytes(device):
@@ -92,8 +79,8 @@ def training_state(setup):
 
     DeepSpeed keeps an fp32 copy of what is trained, divided among the ranks as the optimizer's state is, and if that is
     offloaded an fp32 gradient too; from stage 2 on the gradients are divided, in stage 3 the weights (Rajbhandari et
-    al., ZeRO, arXiv:1910.02054, section 5). DDP holds the gradients a second time, in its buckets: Trainer does
-    not set gradient_as_bucket_view.
+    al., ZeRO, arXiv:1910.02054, section 5). DDP's buckets are the gradients (see `SafeTrainer`), but where a step has
+    several batches: those of all but the last lie beside them.
     """
     network, packed = _network(setup)
     embeddings = {module.weight for module in network.modules() if isinstance(module, torch.nn.Embedding)}
@@ -113,7 +100,7 @@ def training_state(setup):
                 of_embeddings if parameter in embeddings else optim, setup.optim_args)
     if setup.ranks > 1:
         weights /= setup.ranks if setup.stage == 3 else 1
-        gradients *= 2 if not deepspeed else 1 / setup.ranks if setup.stage >= 2 else 1
+        gradients *= 1 + setup.accumulates if not deepspeed else 1 / setup.ranks if setup.stage >= 2 else 1
         copies, moments = (held / (setup.ranks if setup.stage else 1) for held in (copies, moments))
     offloaded = 0
     if setup.device.type != "cpu":
@@ -129,17 +116,17 @@ def training_state(setup):
 def optimizer_bytes(optim, optim_args=None):
     """Bytes that the optimizer of --optim and --optim_args holds per trained weight; None: not known here.
 
-    From the sources of torch, transformers, bitsandbytes and torchao: numbers per weight, in fp32 or in 8 or 4 bits and
-    one fp32 scale for 256 of them (tensors below 4,096 stay in fp32). Adam has two moments, AdEMAMix three, Lion,
-    Adagrad and RMSprop one, SGD none; SGD and RMSprop have one more with momentum. Adafactor's sums of rows and columns
-    are next to nothing.
+    From the sources of torch, transformers and bitsandbytes: numbers per weight, in fp32 or in 8 bits and one fp32
+    scale for 256 of them (tensors below 4,096 stay in fp32). Adam has two moments, AdEMAMix three, Lion, Adagrad and
+    RMSprop one, SGD none; SGD and RMSprop have one more with momentum. Adafactor's sums of rows and columns are next to
+    nothing.
     """
     numbers = {"adam": 2, "ademamix": 3, "lion": 1, "adagrad": 1, "rmsprop": 1, "sgd": 0, "adafactor": 0}
     name = next((name for name in numbers if optim.removeprefix("paged_").startswith(name)), None)
     if name is None:
         return None
     momentum = name in ("sgd", "rmsprop") and "momentum=" in (optim_args or "")
-    return (numbers[name] + momentum) * (1 + 4 / 256 if "8bit" in optim else 1 / 2 + 4 / 256 if "4bit" in optim else 4)
+    return (numbers[name] + momentum) * (1 + 4 / 256 if "8bit" in optim else 4)
 
 
 def row_loss_bytes(setup, tokens):
@@ -189,8 +176,11 @@ def _network(setup, layers=None):
     layers: how many of its layers; None: all.
     """
     config = copy.deepcopy(setup.config)
-    on_gpu = setup.device.type == "cuda" and setup.compute.itemsize == 2
-    config._attn_implementation = VARLEN if on_gpu else WITHIN_SAMPLES  # flash-attn's keeps as much as VARLEN
+    if torch.cuda.is_available():
+        flash = has_flash_attention(setup.device, setup.compute)
+    else:  # an estimate for another machine
+        flash = setup.device.type == "cuda" and setup.compute.itemsize == 2
+    config._attn_implementation = VARLEN if flash else WITHIN_SAMPLES  # flash-attn's keeps as much as VARLEN
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
@@ -208,8 +198,10 @@ def _network(setup, layers=None):
             from peft import get_peft_model
 
             adapter = copy.deepcopy(setup.adapter)
+            adapter.init_lora_weights = True  # others compute with the weights
             if layers:  # of which each is like one that has adapters
                 adapter.layers_to_transform = adapter.layers_pattern = None
+                adapter.target_modules = last_parts(layers_of(adapter.target_modules, empty_network(setup.config)))
             with gptq.gptqmodel_hidden(True):
                 network = get_peft_model(network, adapter).get_base_model()
     keep_within_samples(network)

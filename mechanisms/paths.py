@@ -1,7 +1,6 @@
 """Folders that programs read from and write to: what is wrong with them is known before anything is loaded."""
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -13,14 +12,29 @@ import xxhash
 from mechanisms.errors import UserError, first_line
 
 MANIFEST = "complete.json"  # written last into a checkpoint
-# Of data files that are looked for in a folder; a file that is named may have any name.
-DATA_ENDINGS = (*(f".{kind}{packed}" for kind in ("json", "jsonl", "csv", "tsv")
-                  for packed in ("", ".gz", ".bz2", ".zst")), ".parquet", ".arrow")
 QWEN1_PREFIX = "qwen1-"  # of the folder around a Qwen-1 model that was written as a Qwen2 folder
 
 
 def could_be_on_the_hub(path):
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
+
+
+def model_folder(path):
+    """Where a model of the Hub's cache lies in its folder models--X--Y: the snapshot of the main branch.
+
+    Any other path is returned as it is.
+    """
+    try:
+        with open(os.path.join(path, "refs", "main"), encoding="utf-8") as file:
+            return os.path.join(path, "snapshots", file.read().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+
+
+def hub_name(path):
+    """The name on the Hub, X/Y, of a snapshot in its cache (models--X--Y/snapshots/...); None for any other path."""
+    match = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", os.path.abspath(path))
+    return match and "/".join(match.groups())
 
 
 def deepspeed_file(value):
@@ -35,48 +49,6 @@ def deepspeed_file(value):
     if path is None:
         raise UserError(f"--deepspeed {value}: no such file")
     return path
-
-
-def data_files(patterns: list[str]) -> tuple[list[str], list[str]]:
-    """Files, folders (every data file below) and globs -> (files in a fixed order, lines: what is not there).
-
-    Of a folder that `datasets` wrote with save_to_disk, these are its shards in their order.
-    """
-    files, problems = [], []
-    for pattern in patterns:
-        missing = f"no such file, folder or match: {pattern}"
-        if os.path.isdir(pattern):
-            found = _files_below(pattern, problems)
-            missing = f"no data file (.jsonl, .json, .csv, .tsv, .parquet or .arrow) in the folder {pattern}"
-        elif os.path.isfile(pattern):
-            found = [pattern]
-        else:
-            found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-        if not found:
-            problems.append(missing)
-        files += found
-    return list(dict.fromkeys(files)), problems
-
-
-def _files_below(folder, problems):
-    """The data files of a folder; what is wrong with it is added to `problems`."""
-    if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        splits = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
-        if len(splits) > 1:
-            problems.append(f"{folder} holds the splits {', '.join(splits)}. Name one: "
-                            f"{os.path.join(folder, splits[-1])}")
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        paths = [os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(DATA_ENDINGS)]
-        if {"state.json", "dataset_info.json"} <= set(names):
-            try:
-                with open(os.path.join(parent, "state.json"), encoding="utf-8") as file:
-                    paths = [os.path.join(parent, shard["filename"]) for shard in json.load(file)["_data_files"]]
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                problems.append(f"{os.path.join(parent, 'state.json')} is damaged: {first_line(error)}")
-        found += [path for path in paths if os.path.basename(path) != "dataset_dict.json"]
-    return found
 
 
 def not_empty(flag, folder):
@@ -180,8 +152,9 @@ def is_converted_folder(path):
 
 
 def source_name(path):
-    """Name or folder of the Qwen-1 model that a folder was converted from; any other path as it is."""
-    return card_metadata(path).get("converted_from", path)
+    """Name or folder of the Qwen-1 model that a folder was converted from, or the name of a snapshot in the Hub's
+    cache; any other path as it is."""
+    return card_metadata(path).get("converted_from", hub_name(path) or path)
 
 
 def card_metadata(folder):

@@ -34,6 +34,7 @@ from mechanisms.compatibility import add_former_names
 from mechanisms.console import counted, say
 from mechanisms.errors import UserError, first_line
 from mechanisms.gptq import portable_backend
+from mechanisms.hubs import model_here
 from mechanisms.paths import QWEN1_PREFIX, could_be_on_the_hub
 from mechanisms.tokenizer import QWEN_CHATML
 
@@ -67,6 +68,8 @@ FIXED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "emb_dr
 def convert_if_qwen1(path, cache_dir=None):
     """`path` itself, or for a Qwen-1 model the standard Qwen2 folder of it, which is written when first asked for.
 
+    (With MODELSCOPE=1, a name there becomes the folder that it was downloaded to.)
+
     The folder has the last name of `path`, as that tells base models from chat models. It appears whole or not at all,
     and one process at a time writes it, so that any number of ranks and runs may ask at once.
 
@@ -77,6 +80,7 @@ def convert_if_qwen1(path, cache_dir=None):
     Raises:
         UserError: a Qwen-1 model that cannot be converted or written, or another model that needs code of its own.
     """
+    path = model_here(path, cache_dir)
     if not os.path.isdir(path) and not could_be_on_the_hub(path):
         return path
     try:

@@ -8,6 +8,10 @@ from mechanisms.errors import UserError
 
 OLLAMA_NAMES = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
                 "repetition_penalty": "repeat_penalty"}
+# An adapter of the text class names layers as that has them, and not as the whole model has. Can go when vLLM matches
+# the names, or refuses them (https://github.com/vllm-project/vllm/issues/48019).
+IGNORED = ("vLLM serves this model whole, with its vision tower, and ignores adapters of its text part without a word: "
+           "serve the merged folder")
 VLLM_RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512  # that its --max-lora-rank knows
 
 

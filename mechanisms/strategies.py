@@ -37,6 +37,14 @@ def choose_precision(bf16, fp16, use_cpu):
     return bool(bf16), bool(fp16)
 
 
+def check_backend(backend, use_cpu):
+    """Raises UserError if --ddp_backend cannot connect the ranks of this run, or there are none to connect."""
+    if backend and "RANK" not in os.environ:
+        raise UserError(f"--ddp_backend {backend} has no effect in a single process: leave it out")
+    if use_cpu and backend not in (None, "gloo"):
+        raise UserError(f"--ddp_backend {backend} needs GPUs: leave it out (gloo)")
+
+
 def compute_dtype(training_args):
     return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
 
@@ -93,14 +101,16 @@ def memory_setup(config, adapter, nf4, training_args):
         ranks=training_args.world_size, stage=zero.get("stage", 0) if deepspeed else None,
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
-        device=training_args.device, optim=optim, optim_args=training_args.optim_args)
+        device=training_args.device, optim=optim, optim_args=training_args.optim_args,
+        accumulates=training_args.gradient_accumulation_steps > 1)
 
 
 def resume_facts(training_args):
     """What of the strategy a checkpoint is bound to: DeepSpeed's hold one part per rank, the others are whole."""
     deepspeed = _deepspeed(training_args)
     if not deepspeed:
-        return {"sharding": "FSDP" if training_args.fsdp else "none"}
+        held = {"trained weights": "bf16"} if training_args.trained_weights == "bf16" else {}
+        return {"sharding": "FSDP" if training_args.fsdp else "none", **held}
     universal = deepspeed.config.get("checkpoint", {}).get("load_universal")
     return {"sharding": strategy_name(training_args), "ranks": ANY if universal else training_args.world_size}
 
@@ -113,6 +123,8 @@ def impossible(training_args, lora_args):
     if training_args.fsdp and training_args.use_cpu:
         problems.append("--fsdp needs GPUs: without one the libraries train unsharded and do not say so. Leave it out "
                         "(DDP), or use --deepspeed ds_config_zero3.json, which shards on CPUs too")
+    elif training_args.fsdp and training_args.world_size == 1:
+        problems.append("--fsdp needs several GPUs: start with torchrun, or leave it out")
     if training_args.use_liger_kernel and training_args.use_cpu:
         problems.append("--use_liger_kernel needs a GPU: leave it out")
     elif training_args.use_liger_kernel and not is_liger_kernel_available():

@@ -8,14 +8,16 @@ import shlex
 from mechanisms.console import table
 from mechanisms.gptq import packed_weights
 from mechanisms.paths import source_name
-from mechanisms.serving import adapter_hint
+from mechanisms.serving import IGNORED, adapter_hint
 from mechanisms.strategies import strategy_name
 
 
 def method_name(training_args, lora_args):
     if lora_args.q_lora:
         return "Q-LoRA"
-    return "LoRA" if training_args.use_lora else "Full-parameter"
+    if training_args.use_lora:
+        return "LoRA"
+    return f"Full-parameter{' (weights in bf16, 8-bit moments)' if training_args.trained_weights == 'bf16' else ''}"
 
 
 def items_per_step(training_args):
@@ -28,8 +30,14 @@ def step_count(training_args, dataset):
     """Optimizer steps of the whole run, as Trainer counts them."""
     if training_args.max_steps > 0:
         return training_args.max_steps
-    batches = math.ceil(len(dataset) / (training_args.per_device_train_batch_size * training_args.world_size))
-    return math.ceil(training_args.num_train_epochs * math.ceil(batches / training_args.gradient_accumulation_steps))
+    steps = math.ceil(batch_count(training_args, dataset) / training_args.gradient_accumulation_steps)
+    return math.ceil(training_args.num_train_epochs * steps)
+
+
+def batch_count(training_args, dataset):
+    """Batches of each rank in an epoch."""
+    batches = len(dataset) / (training_args.per_device_train_batch_size * training_args.world_size)
+    return math.floor(batches) if training_args.dataloader_drop_last else math.ceil(batches)
 
 
 def before_training(model, training_args, lora_args, dataset):
@@ -41,7 +49,8 @@ def before_training(model, training_args, lora_args, dataset):
     precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
     return ["Training:", table([
         ("method", method_name(training_args, lora_args)),
-        ("precision", f"{precision}, trained weights and optimizer in fp32"),
+        ("precision", f"{precision}, trained weights and optimizer in fp32" if training_args.trained_weights == "fp32"
+         else f"{precision}, trained weights too, rounded at random"),
         ("device", f"{training_args.world_size} x {training_args.device.type}, {strategy_name(training_args)}"),
         ("parameters", parameters),
         ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),
@@ -68,11 +77,11 @@ def parameter_count(parameter):
     return parameter.numel()
 
 
-def after_training(trainer, result, evaluated, prompt_note):
+def after_training(trainer, result, evaluated, prompt_note, wrapped):
     """The numbers of the finished run and the commands that go on from it, as lines.
 
     result: what `Trainer.train` returned; evaluated: the metrics of the last evaluation, or {}; prompt_note: which
-    prompt the answers were trained after, or "".
+    prompt the answers were trained after, or ""; wrapped: whether the model is the text part of a larger one.
     """
     state, out = trainer.state, trainer.args.output_dir
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -87,26 +96,32 @@ def after_training(trainer, result, evaluated, prompt_note):
     lines = ["", "Done:", table(rows), *([f"  note: {prompt_note}"] if prompt_note else []),
              f"  chat:  python chat.py {shlex.quote(out)}"]
     if trainer.args.use_lora:
-        lines.append(f"  merge: python merge_lora.py --adapter_path {shlex.quote(out)} "
-                     f"--output_dir {shlex.quote(out + '-merged')}")
-        lines += adapter_hint(out, trainer.model.peft_config["default"])
+        lines.append(f"  merge: {merge_command(out)}")
+        lines += [f"  note:  {IGNORED}"] if wrapped else adapter_hint(out, trainer.model.peft_config["default"])
     return lines
 
 
-def model_card(arguments, settings, prompt_note):
+def merge_command(out):
+    return f"python merge_lora.py --adapter_path {shlex.quote(out)} --output_dir {shlex.quote(out + '-merged')}"
+
+
+def model_card(arguments, settings, prompt_note, wrapped):
     """README.md of the result, with the metadata that the Hugging Face Hub reads.
 
     arguments: the (model, data, training, lora) arguments; settings: {flag: value}, see `facts.settings`; prompt_note:
-    which prompt the answers were trained after, or "".
+    which prompt the answers were trained after, or ""; wrapped: whether the model is the text part of a larger one.
     """
     model_args, data_args, training_args, lora_args = arguments
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    rows = "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in settings.items())
     data = ", ".join(f"`{os.path.basename(os.path.normpath(path))}`" for path in data_args.data_path)
     base = source_name(model_args.model_name_or_path)
+    whole = wrapped and not (training_args.use_lora or training_args.text_only)
+    serving = (f" {IGNORED[0].upper()}{IGNORED[1:]}: `{merge_command(training_args.output_dir)}`."
+               if wrapped and training_args.use_lora else "")
     return (f"---\nbase_model: {json.dumps(base)}\n"
             f"library_name: {'peft' if training_args.use_lora else 'transformers'}\n"
-            "pipeline_tag: text-generation\n---\n\n"
+            f"pipeline_tag: {'image-text-to-text' if whole else 'text-generation'}\n---\n\n"
             f"{method_name(training_args, lora_args)} fine-tuning of `{base}` on {data}; "
             f"loss on {data_args.loss_on}. Prompts are ChatML, by this folder's chat template."
-            f"{f' {prompt_note[0].upper()}{prompt_note[1:]}.' if prompt_note else ''}\n\n"
+            f"{f' {prompt_note[0].upper()}{prompt_note[1:]}.' if prompt_note else ''}{serving}\n\n"
             f"| setting | value |\n|---|---|\n{rows}\n")

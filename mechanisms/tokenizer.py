@@ -8,6 +8,7 @@ from mechanisms.console import say
 from mechanisms.data.template import ChatTemplate
 from mechanisms.errors import UserError, first_line
 from mechanisms.limits import limited
+from mechanisms.paths import hub_name
 
 # In front of a chat template: the mode of prompts that ask for none. (`enable_thinking` is the variable of Qwen's.)
 DEFAULT_MODE = "{{%- set enable_thinking = enable_thinking | default({}) -%}}\n"
@@ -74,7 +75,7 @@ def set_default_mode(tokenizer, modes):
 
 def is_base_model(path, tokenizer):
     """(bool, reason): whether the model was never trained on ChatML, so that its ChatML tokens mean nothing yet."""
-    name = os.path.basename(os.path.normpath(path)).lower()
+    name = os.path.basename(os.path.normpath(hub_name(path) or path)).lower()
     for word, base in (("chat", False), ("instruct", False), ("base", True), ("qwen3", False)):
         if word in name:
             return base, f"its name holds {word!r}"

@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import itertools
 import math
 import os
+import re
 import shutil
 import time
 
@@ -23,7 +25,7 @@ from mechanisms.compatibility import add_former_names
 from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, all_finite, lost_where_not_finite
-from mechanisms.head_loss import HeadLoss, output_linear
+from mechanisms.head_loss import HeadLoss, output_linear, smoothed
 from mechanisms.loading import load_weights
 from mechanisms.lock import check_still_mine
 from mechanisms.paths import checkpoints_in, flush, size_of
@@ -63,12 +65,15 @@ class SafeTrainer(Trainer):
     Args (besides Trainer's):
         run: facts a resumed run must share with its checkpoint (see `mechanisms.checkpoints.check_same_run`).
         card: text of the model card that goes into every checkpoint and the result.
+        wrapper: the `mechanisms.wrapper.Wrapper` that the result gets around it, or None. Checkpoints hold the text
+            part alone, which is what a run resumes from.
     """
 
-    def __init__(self, *args, run, card, **kwargs):
+    def __init__(self, *args, run, card, wrapper=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run, self.card = run, card
+        self.run, self.card, self.wrapper = run, card, wrapper
         self.data_collator = CollateNumbered(self.data_collator)
+        self.tokens_here = 0  # of this rank, not yet in the Trainer's state
         self.step_batches = []  # of the step being made: (numbers of the items, loss) of each batch
         self.skipped_steps = 0  # by the loss scaler of fp16
         self.failure = self.saved_step = None  # why this rank could not write; the step of the newest checkpoint
@@ -76,11 +81,13 @@ class SafeTrainer(Trainer):
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._check_room()
         self.spikes = SpikeWatch(self.args.loss_spike_factor) if self.args.loss_spike_factor else None
-        self.head_loss = None
+        self.head_loss = self.label_smoother = None  # Trainer's smoother wants the logits of all positions
         if output_linear(self.model):
             self.head_loss = HeadLoss(self.model, self.args.label_smoothing_factor)
-            self.label_smoother = None  # it would want the logits
         else:
+            if self.args.label_smoothing_factor:
+                network = self.model.get_base_model() if self.args.use_lora else self.model
+                network.loss_function = functools.partial(smoothed, self.args.label_smoothing_factor)
             say("note: the output layer has an adapter or is quantized: the loss is computed from its full logits, "
                 "which takes more memory")
         self.remove_callback(PrinterCallback)
@@ -88,6 +95,12 @@ class SafeTrainer(Trainer):
         self.add_callback(LogLastStep)
         self.add_callback(SaveOnRequest)
         self.add_callback(ProgressLines if self.args.disable_tqdm else ProgressBar)
+
+    def _build_accelerator_args(self, **kwargs):
+        arguments = super()._build_accelerator_args(**kwargs)
+        [ddp] = arguments["kwargs_handlers"]
+        ddp.gradient_as_bucket_view = True  # else DDP holds all gradients twice
+        return arguments
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
@@ -114,6 +127,14 @@ class SafeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Trainer's, but not for tied weights, which a checkpoint has under one of their names.
+
+        Can go when Trainer asks the model's all_tied_weights_keys, as `from_pretrained` does.
+        """
+        missing = [name for name in load_result.missing_keys if name not in self.model.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_renamed(self, folder):
         """Load the weights of a network whose files have other names than it has (one tensor for each expert, the
@@ -146,6 +167,19 @@ class SafeTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_batches.append((numbers, loss))
         return loss
+
+    def _track_num_input_tokens(self, inputs):
+        self.tokens_here += inputs["input_ids"].numel()
+
+    def _add_tokens(self):
+        """Where the number is read: Trainer itself asks all ranks in every batch, and each waits for its GPU then."""
+        here = torch.tensor(self.tokens_here, device=self.args.device)
+        self.state.num_input_tokens_seen += self.accelerator.reduce(here).item()
+        self.tokens_here = 0
+
+    def log(self, logs, start_time=None):
+        self._add_tokens()
+        super().log(logs, start_time)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Trainer calls this before it makes a step. DeepSpeed has made it by now, or not if the norm is not finite."""
@@ -192,10 +226,11 @@ class SafeTrainer(Trainer):
         """Raises UserError if the result, or one checkpoint beside it, does not fit on the disk by a rough estimate."""
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         saved = trained if self.args.use_lora else self.model.parameters()
-        result = sum(parameter_count(weight) * weight.element_size() for weight in saved)
+        weights = sum(parameter_count(weight) * weight.element_size() for weight in saved)
+        result = weights + (self.wrapper.size if self.wrapper else 0)
         fp32_copies = 3 if self.is_deepspeed_enabled else 2  # Adam's two, and DeepSpeed's own of the weights
         states = 0 if self.args.save_only_model else sum(map(parameter_count, trained)) * 4 * fp32_copies
-        self.checkpoint_size = result + states
+        self.checkpoint_size = weights + states
         kept = self.args.save_strategy != "no"
         failure = self._failure_of_any(lambda: _need(self.args.output_dir, result + kept * self.checkpoint_size))
         if failure:
@@ -205,7 +240,8 @@ class SafeTrainer(Trainer):
     def _check_weights(self):
         """Raises NotFinite, on all ranks, if a trained weight or a number of the optimizer is not finite on any."""
         weights = [getattr(weight, "ds_tensor", weight) for weight in self.model.parameters() if weight.requires_grad]
-        numbers = [value for state in self.optimizer.state.values() for value in state.values()]
+        numbers = [getattr(value, "scale", value)  # of 8-bit moments
+                   for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*weights, *filter(torch.is_tensor, numbers)]
         lost = torch.tensor(not all_finite(tensors), dtype=torch.int32, device=self.args.device)
         if self.accelerator.reduce(lost).item():
@@ -250,7 +286,7 @@ class SafeTrainer(Trainer):
     # What a rank cannot write must not keep it from what all ranks do together: it is remembered, and all are told.
 
     def _save(self, output_dir=None, state_dict=None):
-        """Trainer's, but for training_args.bin, a pickle with --hub_token in it that nothing reads."""
+        """Trainer's, but for training_args.bin, a pickle that nothing reads."""
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
@@ -311,6 +347,7 @@ class SafeTrainer(Trainer):
         step, out = self.state.global_step, self.args.output_dir
         if self.saved_step == step:  # asked for twice at one step
             return
+        self._add_tokens()
         self._check_weights()
         by_first_rank(lambda: check_still_mine(out))
         folder = os.path.join(out, f"checkpoint-{step}")
@@ -361,6 +398,11 @@ class SafeTrainer(Trainer):
         super()._load_best_model()
         self._load_renamed(self.state.best_model_checkpoint)
 
+    def convert(self, dtype):
+        """Hold the weights in another dtype, to save them so; training is over."""
+        for weight in self.model.parameters():
+            weight.data = weight.data.to(dtype)
+
     def save_result(self):
         """Save into output_dir by way of a folder beside, so that a kill never leaves a half result there."""
         self._check_weights()
@@ -378,14 +420,22 @@ class SafeTrainer(Trainer):
                             "checkpoint and saves it again")
 
     def _take_over(self, unfinished):
-        """The files of the saved result get their place in output_dir."""
+        """The files of the saved result get their place in output_dir, and those of an earlier one make room."""
+        if self.wrapper:
+            self.wrapper.complete(unfinished)
         self.state.save_to_json(os.path.join(unfinished, TRAINER_STATE_NAME))
         checkpoints.settle(unfinished)
+        out = self.args.output_dir
         names = sorted(os.listdir(unfinished), key=lambda name: name in ("config.json", "adapter_config.json"))
+        earlier = [name for name in os.listdir(out) if name not in names and
+                   re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)]
+        for name in ["config.json", *earlier] if earlier else []:  # loaders would take these, in other files, for it
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(out, name))
         for name in names:  # the config last: a folder without one does not pass for a model
-            os.replace(os.path.join(unfinished, name), os.path.join(self.args.output_dir, name))
+            os.replace(os.path.join(unfinished, name), os.path.join(out, name))
         os.rmdir(unfinished)
-        flush(self.args.output_dir)
+        flush(out)
 
 
 def _need(folder, size):

@@ -54,6 +54,8 @@ def turns(draw):
 def records(draw):
     """Mostly records that can be trained on."""
     messages = sum(draw(st.lists(turns(), min_size=1, max_size=4)), [])
+    if draw(st.sampled_from([0, 0, 0, 1])):
+        messages.insert(0, draw(answers()))
     if draw(st.booleans()):
         messages.insert(0, {"role": "system", "content": draw(WORDS)})
     record = {"messages": messages}

@@ -8,6 +8,8 @@ import json
 import re
 import unicodedata
 
+from tokenizers import AddedToken
+
 IGNORED = -100
 END = "<|im_end|>"
 
@@ -19,13 +21,16 @@ class Difference(AssertionError):
 class Oracle:
     """Compares the samples of conversations with what `apply_chat_template` makes of them.
 
-    thinking: "auto", "on" or "off", as for the encoder.
+    thinking: "auto", "on" or "off", as for the encoder; kept: the added tokens that are tokens in the data.
     """
 
-    def __init__(self, tokenizer, thinking="auto"):
+    def __init__(self, tokenizer, thinking="auto", kept=()):
         self.tokenizer, self.thinking = tokenizer, thinking
-        self.tokenizer.chat_control_tokens = list(tokenizer.get_added_vocab())  # sanitize all of them
-        self.added = set(tokenizer.get_added_vocab().values())
+        if kept:  # special ones are always sanitized
+            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in kept])
+        sanitized = tokenizer.get_added_vocab().keys() - set(kept)
+        self.tokenizer.chat_control_tokens = list(sanitized)
+        self.added = set(tokenizer.convert_tokens_to_ids(sorted(sanitized)))
         self.end = tokenizer.convert_tokens_to_ids(END)
         question = [{"role": "user", "content": "q"}]
         thinks, plain = (self.text(question, mode, prompt=True) for mode in (True, False))

@@ -1,8 +1,10 @@
-"""Every label of much data against the oracle: long versions of test_oracle.py and test_fuzz.py.
+"""Long versions of tests: every label of much data against the oracle, mutated files, every flag.
 
   REAL_DATA=folder python -m tests.sweep real             # all real datasets x all tokenizers x all modes
   REAL_DATA=folder python -m tests.sweep fuzz --cases 10000
   python -m tests.sweep files --cases 10000               # mutated data files of every kind; needs no REAL_DATA
+  python -m tests.sweep flags                             # every flag of TrainingArguments: its effect, or its refusal
+  python -m tests.sweep docs                              # writes docs/flags.md
 """
 
 import argparse
@@ -86,9 +88,25 @@ def sweep(tokenizer, files, thinking, every=1, longest=None):
     return answers, differences
 
 
+def sweep_flags():
+    """Prints a line for each flag. Returns how many of them do not what they should."""
+    from examples.make_tiny_model import example_texts, make_tiny_model
+    from tests.flag_cases import Runner
+    from tests.flag_cases import sweep as each_flag
+
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_tiny_model(Path(folder) / "tiny", example_texts(), num_layers=2, hidden_size=64)
+        for name, words, right, result in each_flag(Runner(model, Path(folder), Path(folder) / "cache")):
+            wrong += not right
+            print(f"{'ok   ' if right else 'WRONG'} {name:42} {words:70} {result}", flush=True)
+    print(f"{wrong} wrong")
+    return wrong
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["real", "fuzz", "files"])
+    parser.add_argument("what", choices=["real", "fuzz", "files", "flags", "docs"])
     parser.add_argument("--cases", type=int, default=10_000, help="of the fuzz, for each tokenizer together (10000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -99,6 +117,13 @@ def main():
             counts = fuzz_files(args.cases, random.Random(args.seed), Path(folder))
         print(*(f"{count:>9,} {what}" for what, count in sorted(counts.items())), sep="\n")
         return
+    if args.what == "docs":
+        from tests.flags_page import PAGE, page
+
+        PAGE.write_text(page(), encoding="utf-8")
+        return
+    if args.what == "flags":
+        raise SystemExit(bool(sweep_flags()))
     real_data, total, wrong, began = Path(os.environ["REAL_DATA"]), 0, 0, time.time()
     with tempfile.TemporaryDirectory() as cache:
         for name, path in tokenizer_paths(real_data).items():

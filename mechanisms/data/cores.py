@@ -21,7 +21,8 @@ MOST = 32  # processes; beyond that the one that reads and writes the files sets
 
 def count_cores() -> int:
     """How many processes `on_all_cores` takes."""
-    return min(MOST, len(os.sched_getaffinity(0)))
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # macOS
+    return min(MOST, len(allowed))
 
 
 def on_all_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

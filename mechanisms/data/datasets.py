@@ -1,4 +1,4 @@
-"""Data files -> datasets of samples, tokenized once and read from disk, or each when it is needed.
+"""Data files -> datasets of samples on disk, tokenized once, or each when it is needed.
 
 What every dataset here has, beside a length and items by their number:
 
@@ -8,9 +8,9 @@ What every dataset here has, beside a length and items by their number:
   fill: share of the tokens of its rows that samples fill, where an item is a row of samples; None where it is a sample
 """
 
-import collections
 import contextlib
 import itertools
+import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -23,165 +23,171 @@ from mechanisms import console
 from mechanisms.data.cores import count_cores, on_all_cores
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.packing import best_fit_decreasing
-from mechanisms.data.records import Place, Problems, find_files, read_records
-from mechanisms.data.report import DataReport
-from mechanisms.data.shapes import BadRecord, Conversation, to_conversation
-from mechanisms.data.token_cache import DamagedCache, TokenCache, TokenizedSamples, cache_key
+from mechanisms.data.records import Notices, Place, Problems, find_files, read_records
+from mechanisms.data.report import DataReport, Source
+from mechanisms.data.shapes import BadRecord, Conversation, no_column, to_conversation
+from mechanisms.data.token_cache import DamagedCache, TextCache, TextSamples, TokenCache, TokenizedSamples, cache_key
 from mechanisms.errors import UserError
 
 MUCH_TEXT = 8 << 20  # bytes of data per core from which tiktoken saves more time than it takes to prepare
 
 
-def read_files(files: list[str], problems: Problems) -> Iterator[tuple[Place, object]]:
+def read_files(files: Iterable[str], problems: Problems) -> Iterator[tuple[Place, object]]:
     """Yield (Place, record) of all files, one after the other."""
     for path in files:
         yield from read_records(path, problems)
 
 
-def to_conversations(records: Iterable, problems: Problems, notices: dict) -> Iterator[tuple[Place, Conversation]]:
+def to_conversations(records: Iterable, problems: Problems, notices: dict, columns: dict[str, str] | None = None
+                     ) -> Iterator[tuple[Place, Conversation]]:
     """Yield (Place, Conversation) for every usable one of (Place, record) pairs.
 
-    The others go to `problems`; `notices` (a Counter) counts what is left out of usable ones, by its name.
+    The others go to `problems`; `notices` (a Counter) counts what is left out of usable ones, by its name. columns: see
+    `shapes.to_conversation`.
     """
     for place, record in records:
         try:
-            yield place, to_conversation(record, notices)
+            yield place, to_conversation(record, notices, columns)
         except BadRecord as bad:
             problems.add(place, bad.args[0], record)
 
 
-def check_records(paths: list[str], skip: int) -> None:
+def check_records(words: list[str], skip: int, columns: dict[str, str] | None = None,
+                  cache_dir: str | None = None) -> None:
     """Read all files without a tokenizer. Raises UserError with their problems if there are more than `skip`."""
     problems = Problems()
-    for _ in to_conversations(read_files(find_files(paths, problems), problems), problems, collections.Counter()):
+    for _ in to_conversations(read_files(find_files(words, problems, cache_dir), problems), problems, Notices(),
+                              columns):
         pass
     problems.stop_or_skip(skip)
 
 
-def load_dataset(files: list[str], encoder: ConversationEncoder, cache_dir: str | None = None, lazy: bool = False,
+def load_dataset(files: Iterable[str] | dict[str, float], encoder: ConversationEncoder, cache_dir: str | None = None,
+                 lazy: bool = False, columns: dict[str, str] | None = None,
                  first_before_others: Callable[[], AbstractContextManager[Callable[[], None]]] | None = None):
     """Files -> (dataset, DataReport). Tokenized once per node; the other ranks, and later runs, read the cache.
 
     Args:
+        files: with the share of each that is taken, if not all of it; the cache and the report are of all of it.
         cache_dir: parent of the folder of tokens (default: below Hugging Face's cache).
-        lazy: keep no tokens; each sample is tokenized when it is needed.
+        lazy: each sample is tokenized when it is needed; what is kept on disk is its text.
+        columns: {key of a shape: key of the records that is meant}, of --columns.
         first_before_others: makes a context which the first process of a node enters before the others. What it gives
             is called after each piece of work, so that those who wait know of it.
     """
-    report = DataReport()
-    if lazy:
-        return load_lazily(files, encoder, report), report
+    report, kind = DataReport(), TextCache if lazy else TokenCache
+    shares = files if isinstance(files, dict) else dict.fromkeys(files, 1.0)
+    files = list(shares)
     cache_root = cache_dir or os.path.join(HF_HOME, "finetune_tokens")
     with first_before_others() if first_before_others else contextlib.nullcontext(lambda: None) as at_work:
-        folder = os.path.join(cache_root, f"tokens-{cache_key(files, encoder)}")
+        folder = os.path.join(cache_root, f"{kind.NAME}-{cache_key(files, encoder, columns)}")
         try:
-            cache = open_cache(folder, files)
+            cache = open_cache(folder, files, encoder, kind)
             if cache is None:
-                TokenCache.write(folder, tokenize(files, encoder, report, at_work), report.to_json)
-                cache = TokenCache(folder, files)
+                kind.write(folder, tokenize(files, encoder, report, at_work, lazy, columns), report.to_json)
+                cache = kind(folder, files, encoder)
         except OSError as error:
-            raise UserError(f"the cache of tokens {folder} cannot be used: {error.strerror or error}. Give another "
-                            "folder with --cache_dir") from error
-    return cache, DataReport.from_json(cache.report)
+            raise UserError(f"the cache of {kind.NAME} {folder} cannot be used: {error.strerror or error}. Give "
+                            "another folder with --cache_dir") from error
+    report = DataReport.from_json(cache.report)
+    if not report.kept:
+        return cache, report
+    counts = times_taken(cache, shares)
+    report.sources = [Source(path, shares[path], *numbers) for path, numbers in zip(files, cache.count_by_file(counts))]
+    if none := [source for source in report.sources if source.share < 1 and not source.records]:
+        raise UserError("\n       ".join(f"{source.path}:{source.share:g} takes none of its records: it has too few"
+                                          for source in none))
+    return cache if (counts == 1).all() else Subset(cache, np.repeat(np.arange(len(cache)), counts)), report
 
 
-def open_cache(folder: str, files: list[str]) -> TokenCache | None:
+def times_taken(cache: TokenCache | TextCache, shares: dict[str, float]) -> np.ndarray:
+    """How often each sample is taken: a share of 2.3 is all of a file twice and of its conversations 0.3, chosen by
+    content, so that they are the same ones in any order."""
+    counts, file_of = np.ones(len(cache), np.int64), cache.sample_places[:, 0]
+    # Not in the order in which `split` chooses: of a file with a share it would hold out far too much.
+    mixed = cache.digests * np.uint64(0x9E3779B97F4A7C15)
+    for number, share in enumerate(shares.values()):
+        if share != 1:
+            own = mixed[file_of == number]
+            distinct = np.unique(own)
+            chosen = distinct[:round(len(distinct) * (share % 1))]
+            counts[file_of == number] = int(share) + np.isin(own, chosen)
+    return counts
+
+
+def open_cache(folder: str, files: list[str], encoder: ConversationEncoder | None = None, kind=TokenCache):
     """The cache in `folder`; None if there is none, or a damaged one, which is said and removed."""
     if not os.path.lexists(folder):
         return None
     try:
-        return TokenCache(folder, files)
+        return kind(folder, files, encoder)
     except DamagedCache as damage:
-        console.say(f"note: the cache of tokens {folder} is made again: {damage}")
-        TokenCache.remove(folder)
+        console.say(f"note: the cache of {kind.NAME} {folder} is made again: {damage}")
+        kind.remove(folder)
         return None
 
 
-def tokenize(files: list[str], encoder: ConversationEncoder, report: DataReport,
-             at_work: Callable[[], None] = lambda: None) -> Iterator[TokenizedSamples]:
+def tokenize(files: Iterable[str], encoder: ConversationEncoder, report: DataReport, at_work: Callable[[], None]
+             = lambda: None, lazy: bool = False, columns: dict[str, str] | None = None
+             ) -> Iterator[TokenizedSamples | TextSamples]:
     """Yield the TokenizedSamples worth training on; everything else is counted in `report`.
 
-    at_work is called after each of them.
+    at_work is called after each of them. lazy: the same samples in the same order, as TextSamples. Which are left out
+    must be known all the same: a byte-level tokenizer never makes more tokens than there are bytes, so only those with
+    more bytes than the maximum length have to be tokenized to know.
     """
+    files = list(files)
 
     def encode(records):
-        """Some (Place, record) pairs -> their TokenizedSamples and DataReport; runs in another process."""
-        found, ids, labels, lengths, digests, places = DataReport(), [], [], [], [], []
-        for place, conversation in to_conversations(records, found.problems, found.notices):
+        """Some (Place, record) pairs -> their samples and DataReport; runs in another process."""
+        found, kept, digests, places = DataReport(), [], [], []
+        for place, conversation in to_conversations(records, found.problems, found.notices, columns):
             try:
                 excerpts = encoder.excerpts(conversation, found.notices)
-                samples = [encoder.encode(excerpt, text) for excerpt, text in excerpts]
+                samples = [None if lazy and _bytes(text) <= encoder.max_length else encoder.encode(excerpt, text)
+                           for excerpt, text in excerpts]
             except BadRecord as bad:
                 found.problems.add(place, bad.args[0], conversation.shown())
                 continue
             for number in found.count(conversation, [excerpt for excerpt, _ in excerpts], samples):
-                ids += samples[number].input_ids
-                labels += samples[number].labels
-                lengths.append(len(samples[number].input_ids))
+                kept.append(excerpts[number] if lazy else samples[number])
                 digests.append(conversation.digest)
-                places.append((files.index(place.path), place.line))
-        return TokenizedSamples(np.array(ids, np.int32), np.array(labels, np.int32) != IGNORED,
-                                np.array(lengths, np.int64), np.array(digests, np.uint64),
-                                np.array(places, np.int32).reshape(-1, 2)), found
+                places.append((files.index(place.path), place.line, place.number))
+        about = np.array(digests, np.uint64), np.array(places, np.int32).reshape(-1, 3)
+        return (_texts if lazy else _tokens)(kept, *about), found
 
-    if sum(map(os.path.getsize, files)) > MUCH_TEXT * count_cores():
+    if not lazy and sum(map(os.path.getsize, files)) > MUCH_TEXT * count_cores():
         encoder.ids_of.prepare_tiktoken()
-    records = console.counted(read_files(files, report.problems), "tokenizing", "records")
+    report.counts_tokens = not lazy
+    records = console.counted(read_files(files, report.problems), "preparing" if lazy else "tokenizing", "records")
     groups = iter(lambda: list(itertools.islice(records, 500)), [])
     for samples, found in on_all_cores(encode, groups):
         report.add(found)
         yield samples
         at_work()
+    for target, column in (columns or {}).items():
+        lacking = report.notices[notice := no_column(target, column)]
+        if lacking and lacking >= report.records():
+            report.problems.fatal.append(f"--columns {target}={column}: no record has {column!r}; the first one has "
+                                         f"{report.notices.examples[notice]}")
     report.problems.rejected.sort(key=lambda row: (files.index(row["file"]), row["line"]))  # reading is ahead
-
-
-def load_lazily(files: list[str], encoder: ConversationEncoder, report: DataReport) -> "LazySamples":
-    """The same samples as `tokenize`, in the same order, not tokenized yet.
-
-    Which samples are left out must be known before the start. A byte-level tokenizer never makes more tokens than there
-    are bytes, so only samples with more bytes than the maximum length have to be tokenized to know.
-    """
-    items, digests, places = [], [], []
-    for place, conversation in to_conversations(
-            read_files(files, report.problems), report.problems, report.notices):
-        try:
-            excerpts = encoder.excerpts(conversation, report.notices)
-            samples = [encoder.encode(excerpt, text) if _bytes(text) > encoder.max_length else None
-                       for excerpt, text in excerpts]
-        except BadRecord as bad:
-            report.problems.add(place, bad.args[0], conversation.shown())
-            continue
-        for number in report.count(conversation, [excerpt for excerpt, _ in excerpts], samples):
-            items.append((conversation, excerpts[number][0]))
-            digests.append(conversation.digest)
-            places.append(f"{place.path}:{place.line}")
-    report.counts_tokens = False
-    return LazySamples(items, digests, places, encoder)
 
 
 def _bytes(text):
     return len(unicodedata.normalize("NFC", text).encode())
 
 
-class LazySamples:
-    """The samples of `TokenCache`, each tokenized when it is asked for. items: (Conversation, its Excerpt)."""
+def _tokens(samples, digests, places):
+    ids = [token for sample in samples for token in sample.input_ids]
+    labels = [label for sample in samples for label in sample.labels]
+    return TokenizedSamples(np.array(ids, np.int32), np.array(labels, np.int32) != IGNORED,
+                            np.array([len(sample.input_ids) for sample in samples], np.int64), digests, places)
 
-    lengths = fill = None
 
-    def __init__(self, items, digests, places, encoder):
-        self.items, self.digests, self.encoder = items, np.array(digests, np.uint64), encoder
-        self.sample_places = places
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        conversation, excerpt = self.items[index]
-        sample = self.encoder.encode(excerpt, self.encoder.text(conversation, excerpt))
-        return {"input_ids": np.array(sample.input_ids, np.int32), "labels": np.array(sample.labels, np.int32)}
-
-    def places(self, index):
-        return [self.sample_places[index]]
+def _texts(excerpts, digests, places):
+    written = [json.dumps(excerpt, ensure_ascii=False).encode() for excerpt in excerpts]
+    return TextSamples(np.frombuffer(b"".join(written), np.uint8), np.array([len(line) for line in written], np.int64),
+                       digests, places)
 
 
 class Subset:

@@ -29,13 +29,11 @@ class Sample(NamedTuple):
 class Excerpt(NamedTuple):
     """One sample of a conversation, before it is tokenized.
 
-    last: number of the message that it ends with, an answer
     answers: (start, end, mode) of each answer trained in it: text[:start] is the prompt for it, text[start:end] what
         the model must say. The last one's mode is that of the whole rendering.
     trained: (start, end) of each trained piece of the text: the answers, or more with --loss_on all
     """
 
-    last: int
     answers: list[tuple[int, int, bool]]
     trained: list[tuple[int, int]]
 
@@ -54,6 +52,7 @@ class ConversationEncoder:
     earlier_answers: those that the prompt of the last one does not show as they were said are trained in samples of
         their "own", or left out ("skip")
     system: the system message of conversations that have none
+    keep_added_tokens: see `ChatTemplate`
 
     Its fields are all that a sample depends on beside the conversation: the token cache's key is made of them.
 
@@ -68,9 +67,11 @@ class ConversationEncoder:
     thinking: Literal["auto", "on", "off"] = "auto"
     earlier_answers: Literal["own", "skip"] = "own"
     system: str | None = None
+    keep_added_tokens: bool | None = None
 
     def __post_init__(self):
-        self.template = ChatTemplate(self.tokenizer)
+        self.template = ChatTemplate(self.tokenizer, self.keep_added_tokens)
+        self.keep_added_tokens = self.template.keep_added_tokens
         self.ids_of = self.template.ids_of
         for style in self.template.styles.values():
             if self.thinking != "auto" and (self.thinking == "on") not in style.endings:
@@ -101,11 +102,6 @@ class ConversationEncoder:
             excerpt, text = excerpts[-1]
             excerpts[-1] = excerpt._replace(trained=_all_but_other_answers(excerpt, text)), text
         return excerpts
-
-    def text(self, conversation: Conversation, excerpt: Excerpt) -> str:
-        """The text of an excerpt that `excerpts` has returned with it, rendered again."""
-        messages, tools = self._prepared(conversation, Notices())
-        return self.template.answered(messages[:excerpt.last + 1], tools, excerpt.answers[-1][2], Notices())[0]
 
     def encode(self, excerpt: Excerpt, text: str) -> Sample:
         """An excerpt of a conversation -> Sample. Raises BadRecord."""
@@ -157,10 +153,8 @@ class ConversationEncoder:
             return located
         if set(modes.values()) == {modes[last]} and modes[last] in template.style(tools).flat:
             turns = dict(zip(said, template.turns(text, modes[last], tools)))
-            if turns.get(last) != (start, end):
-                raise BadRecord([("the rendering cannot be walked", f"{said.index(last) + 1} assistant messages are "
-                                  "not what is found in what the chat template makes of them")])
-            if not any(template.joined(text, turns[number][0]) for number in wanted[:-1]):
+            found = turns.get(last) == (start, end)  # not if one that is not trained belongs to the other mode
+            if found and not any(template.joined(text, turns[number][0]) for number in wanted[:-1]):
                 for number in wanted[:-1]:
                     template.check_words(messages[number], text[slice(*turns[number])], modes[number], notices)
                 return [(number, modes[number], text, *turns[number]) for number in wanted]
@@ -176,7 +170,7 @@ class ConversationEncoder:
     def _share(self, located):
         """As few excerpts as there can be: an answer joins the excerpt of a later one whose prompt begins with it."""
         excerpts = []
-        for number, mode, text, start, end in reversed(located):
+        for _, mode, text, start, end in reversed(located):
             alone = excerpts and self.template.joined(text, start)  # a longer prompt has its first token otherwise
             for excerpt, longer in () if alone else excerpts:
                 if longer.startswith(text[:end]):
@@ -184,7 +178,7 @@ class ConversationEncoder:
                     excerpt.trained.insert(0, (start, end))
                     break
             else:
-                excerpts.insert(0, (Excerpt(number, [(start, end, mode)], [(start, end)]), text))
+                excerpts.insert(0, (Excerpt([(start, end, mode)], [(start, end)]), text))
         return excerpts
 
 

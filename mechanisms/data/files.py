@@ -5,6 +5,7 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ def table_rows(path: str, kind: str) -> Iterator[dict]:
         for batch in _batches(path, kind):
             batch.validate(full=True)  # a damaged file would be read beyond its end
             for start in range(0, batch.num_rows, _ROWS):
-                yield from map(without_nulls, batch.slice(start, _ROWS).to_pylist(maps_as_pydicts="strict"))
+                yield from _values(batch.slice(start, _ROWS).to_struct_array())
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         if getattr(error, "errno", None):
             raise
@@ -124,10 +125,30 @@ def _batches(path, kind):
                 yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
-def without_nulls(value):
+def _values(array):
+    """array.to_pylist() without the keys of structs that are null, column by column: several times as fast."""
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_struct(kind):
+        names, there = [field.name for field in kind], array.is_valid().to_numpy(zero_copy_only=False).tolist()
+        if len(set(names)) < len(names):
+            raise Unreadable(f"two columns have the same name: {', '.join(names)}")
+        rows = zip(*map(_values, array.flatten())) if names else itertools.repeat(())
+        return [{name: value for name, value in zip(names, row) if value is not None} if is_there else None
+                for is_there, row in zip(there, rows)]
+    if types.is_list(kind) or types.is_large_list(kind):
+        items, lengths = iter(_values(array.flatten())), array.value_lengths().fill_null(-1).to_numpy().tolist()
+        return [None if length < 0 else list(itertools.islice(items, length)) for length in lengths]
+    if types.is_string(kind) or types.is_large_string(kind):
+        return array.to_numpy(zero_copy_only=False).tolist()
+    return [_without_nulls(value) for value in array.to_pylist(maps_as_pydicts="strict")]
+
+
+def _without_nulls(value):
     if isinstance(value, dict):
-        return {key: without_nulls(child) for key, child in value.items() if child is not None}
-    return [without_nulls(child) for child in value] if isinstance(value, list) else value
+        return {key: _without_nulls(child) for key, child in value.items() if child is not None}
+    return [_without_nulls(child) for child in value] if isinstance(value, list) else value
 
 
 def delimiter_of(header: str) -> str | None:

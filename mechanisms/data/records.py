@@ -2,6 +2,7 @@
 
 import codecs
 import collections
+import functools
 import json
 import os
 import re
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 from mechanisms.data.files import Unreadable, csv_rows, delimiter_of, foreign, open_unpacked, table_kind, table_rows
 from mechanisms.errors import UserError
-from mechanisms.paths import data_files
+from mechanisms.hubs import dataset_files
+from mechanisms.sources import data_files
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 DEEPEST = 100  # levels of lists and objects in a record; beyond, libraries give up at places of their own
@@ -127,9 +129,12 @@ class Problems:
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
-def find_files(patterns: list[str], problems: Problems) -> list[str]:
-    """Data files for a list of files, folders (every data file below) and globs, in a fixed order."""
-    files, missing = data_files(patterns)
+def find_files(words: list[str], problems: Problems, cache_dir: str | None = None) -> dict[str, float]:
+    """{data file: share of it to take} for words of --data_path, see `sources.data_files`, in a fixed order.
+
+    cache_dir: where downloaded datasets lie (default: Hugging Face's or ModelScope's).
+    """
+    files, missing = data_files(words, functools.partial(dataset_files, cache_dir=cache_dir))
     problems.fatal += missing
     return files
 

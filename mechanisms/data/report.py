@@ -1,13 +1,26 @@
 """What became of the records of a data set: counted while they are encoded, shown before training."""
 
 import collections
+from typing import NamedTuple
 
 from mechanisms.console import table
 from mechanisms.data.encoder import IGNORED, Excerpt, Sample
 from mechanisms.data.records import Notices, Problems
 from mechanisms.data.shapes import Conversation
 
+_SHOWN = 20  # files in the table; the others are counted together
 MUCH_GROWTH = 3  # times the tokens of the conversations, from which a note names it
+
+
+class Source(NamedTuple):
+    """What is taken of a file: of the records that are kept, each counted as often as it is taken."""
+
+    path: str
+    share: float
+    records: int
+    samples: int
+    tokens: int | None = None  # not known with --lazy_preprocess
+    trained: int | None = None
 
 
 class DataReport:
@@ -22,6 +35,7 @@ class DataReport:
         self.kept = self.samples = self.truncated = self.tokens = self.trained = self.longest = 0
         self.apart = 0  # answers trained in a sample that is not the one of the conversation's last answer
         self.once = 0  # tokens that one sample of each kept conversation has, the longest
+        self.sources: list[Source] = []  # what the shares of the files make of all that is counted here
         self.seen: set[int] = set()  # digests of conversations
         self.duplicates = 0
         self.counts_tokens = True
@@ -67,8 +81,11 @@ class DataReport:
         self.duplicates += other.duplicates + len(self.seen & other.seen)
         self.seen |= other.seen
 
+    def records(self) -> int:
+        return self.kept + self.left_out.total() + len(self.problems.rejected)
+
     def to_json(self) -> dict:
-        fields = {name: value for name, value in vars(self).items() if name not in ("problems", "seen")}
+        fields = {name: value for name, value in vars(self).items() if name not in ("problems", "seen", "sources")}
         return {**fields, "rejected": self.problems.rejected, "fatal": self.problems.fatal,
                 "examples": self.notices.examples}
 
@@ -84,7 +101,7 @@ class DataReport:
 
     def lines(self, title: str) -> list[str]:
         rejected = len(self.problems.rejected)
-        rows = [("records", self.kept + sum(self.left_out.values()) + rejected), ("kept", self.kept)]
+        rows = [("records", self.records()), ("kept", self.kept)]
         if rejected:
             rows.append(("left out: unusable (rejected.jsonl)", rejected))
         rows += [(f"left out: {reason}", count) for reason, count in sorted(self.left_out.items())]
@@ -113,4 +130,21 @@ class DataReport:
         for notice, count in sorted(self.notices.items()):
             example = self.notices.examples.get(notice)
             lines.append(f"  note: {count:,} x {notice}" + (f", such as {example!r}" if example else ""))
-        return lines
+        return lines + self._source_lines()
+
+    def _source_lines(self):
+        """What is taken of each file, if there are several or a share is taken."""
+        if len(self.sources) < 2 and all(source.share == 1 for source in self.sources):
+            return []
+        rows = [(source.path if source.share == 1 else f"{source.path} x {source.share:g}", *source[2:])
+                for source in self.sources[:_SHOWN]]
+        if more := self.sources[_SHOWN:]:
+            rows.append((f"... and {len(more)} more", *_sums(more)))
+        rows.append(("together", *_sums(self.sources)))
+        return ["  Taken of each file:", table([(f"  {name}", ", ".join(
+            f"{number:,} {what}" for number, what in zip(numbers, ("records", "samples", "tokens", "trained"))
+            if number is not None)) for name, *numbers in rows])]
+
+
+def _sums(sources):
+    return [None if None in column else sum(column) for column in list(zip(*sources))[2:]]

@@ -25,6 +25,8 @@ LISTS = "messages", "conversations", "data"  # keys of a list of messages, in th
 PAIRS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", None, "completion"),
          ("query", None, "response"), ("prompt", None, "response"), ("question", None, "answer"))
 ANY_SHAPE = {"system", "tools", "functions"}
+TARGETS = dict.fromkeys([*LISTS, *(key for pair in PAIRS for key in pair if key), "history", *sorted(ANY_SHAPE),
+                         *REASONING])  # what --columns may name
 METADATA = {"id", "type", "source"}  # known keys that say nothing about the conversation
 SWITCHES = ("train", "loss", "weight", "loss_weight", "loss_scale", "mask")  # mask: true means not trained
 # Keys that hold a part of the conversation which this program cannot train on.
@@ -52,10 +54,60 @@ class BadRecord(Exception):
     """A record that cannot be trained on. args[0]: list of (kind, detail)."""
 
 
-def to_conversation(record: object, notices: Counter[str]) -> Conversation:
-    """One record of any of the shapes -> Conversation. Raises BadRecord with all that is wrong with it."""
+def parse_columns(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Words of --columns, each TARGET=COLUMN -> ({key of a known shape: column of the data}, lines: what is wrong)."""
+    columns, problems = {}, []
+    for word in words:
+        target, _, column = word.partition("=")
+        if not column:
+            problems.append(f"--columns {word}: write TARGET=COLUMN, as in prompt=question")
+        elif target not in TARGETS:
+            problems.append(f"--columns {word}: there is no {target!r} to fill. There are {', '.join(TARGETS)}")
+        elif columns.setdefault(target, column) != column:
+            problems.append(f"--columns fills {target!r} twice, from {columns[target]!r} and {column!r}")
+    if not problems:
+        try:
+            if missing := [key for key in needed_keys(columns) if key not in columns]:
+                problems.append(f"--columns: {missing[0]}=... is missing, the answer")
+        except BadRecord as bad:
+            problems.append(f"--columns: {': '.join(bad.args[0][0])}")
+    return columns, problems
+
+
+def needed_keys(columns: dict[str, str]) -> list[str]:
+    """The keys that every record must have with these --columns: its list of messages, or its question and answer."""
+    shape = find_shape(dict.fromkeys(columns, []))
+    return [shape[0], *shape[2:]]
+
+
+def with_columns(record: dict, columns: dict[str, str], notices: Counter[str]) -> dict:
+    """The record under the keys of a known shape: the columns that --columns names, and no others. Raises BadRecord."""
+    there = ", ".join(map(repr, record)) or "none"
+    lacking = [target for target, column in columns.items() if column not in record]
+    if wrong := [("a column that --columns names is missing", f"{columns[target]!r} for {target}; there are {there}")
+                 for target in lacking if target in needed_keys(columns)]:
+        raise BadRecord(wrong)
+    for target in lacking:
+        notices.note(no_column(target, columns[target]), there)
+    for key in record.keys() - columns.values() - METADATA:
+        notices[f"key {key!r} of the record"] += 1
+    return {target: record[column] for target, column in columns.items() if column in record}
+
+
+def no_column(target: str, column: str) -> str:
+    """The notice of it, where it need not be there."""
+    return f"record without {column!r} (--columns {target}={column})"
+
+
+def to_conversation(record: object, notices: Counter[str], columns: dict[str, str] | None = None) -> Conversation:
+    """One record of any of the shapes -> Conversation. Raises BadRecord with all that is wrong with it.
+
+    columns: {key of a shape: key of the record that is meant}; without it a record has keys of a shape itself.
+    """
     if not isinstance(record, dict):
         raise BadRecord([("a record is a JSON object", f"this is {type(record).__name__}")])
+    if columns:
+        record = with_columns(record, columns, notices)
     shape = find_shape(record)
     wrong = []  # (kind, detail)
     if deeper(record):
@@ -80,9 +132,12 @@ def to_conversation(record: object, notices: Counter[str]) -> Conversation:
             trained.append(train)
     if not wrong:
         messages, trained = joined(messages, trained, wrong, notices)
-        before = None
+        before, greeting = None, greeted(messages)
+        if greeting:
+            trained[0] = False
+            notices["first message from the assistant: context, not trained"] += 1
         for number, message in enumerate(messages, 1):
-            if before not in FOLLOWS[message["role"]]:
+            if before not in FOLLOWS[message["role"]] and message is not greeting:
                 wrong.append(("roles out of order",
                               f"message {number} ({message['role']}) comes after {before or 'nothing'}"))
             before = message["role"]
@@ -101,6 +156,18 @@ def to_conversation(record: object, notices: Counter[str]) -> Conversation:
                           "was cut or converted wrongly")]) from error
     digest = int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "big")
     return Conversation(messages, tools, tuple(trained), digest)
+
+
+def greeted(messages: list[dict]) -> dict | None:
+    """The message with which the assistant begins a conversation that a user goes on with, and it answers; or None.
+
+    (Every template of Qwen renders it where it stands, and so does inference; but no prompt asks for it.)
+    """
+    roles = [message["role"] for message in messages]
+    first = roles[:1] == ["system"]
+    if roles[first:first + 2] == ["assistant", "user"] and "assistant" in roles[first + 2:]:
+        return messages[first]
+    return None
 
 
 def find_shape(record: dict) -> tuple[str | None, ...]:

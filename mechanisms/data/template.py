@@ -29,6 +29,9 @@ XML_CALL = re.compile(r"<function=([^>\n]+)>\n?(.*?)</function>", re.DOTALL)
 XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>\s*", re.DOTALL)
 
 
+KEEP = "keep_added_tokens"  # in tokenizer_config.json
+
+
 class Style(NamedTuple):
     """What is known of a chat template, found by rendering probes.
 
@@ -58,16 +61,23 @@ class ChatTemplate:
     Added tokens in the content are marked on the way (see `text_encoder.MARK`), so that they are encoded as the text
     they are, and the only control tokens are those that the template writes.
 
+    keep_added_tokens: those that have no part in the template and no end of a text are tokens in the content too (None:
+        as the tokenizer's saved folder says, where training has left it)
+
     Raises UserError if the template is broken, or its answers are not found where its prompts end.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", keep_added_tokens: bool | None = None):
         self.tokenizer, self.ids_of = tokenizer, TextEncoder(tokenizer)
         vocabulary = tokenizer.get_added_vocab()
         if not {"<|im_start|>", END} <= vocabulary.keys():
             raise UserError(f"the tokenizer in {tokenizer.name_or_path} has no <|im_start|> and <|im_end|> tokens: "
                             "this is not a ChatML (Qwen) model")
         self.added = re.compile("|".join(map(re.escape, sorted(vocabulary, key=len, reverse=True))))
+        if keep_added_tokens is None:
+            keep_added_tokens = tokenizer.init_kwargs.get(KEEP, False)
+        self.keep_added_tokens = keep_added_tokens
+        self.kept = free_tokens(tokenizer) if keep_added_tokens else frozenset()
         self.styles: dict[str, Style] = {}  # of the one template, or of those for conversations with and without tools
         self.style(None)
         self.style([_TOOL])
@@ -100,10 +110,11 @@ class ChatTemplate:
         if MARK in text:
             raise BadRecord([("a character that is used to mark control tokens", f"U+{ord(MARK):X}")])
         written = set(self.added.findall(text))
-        if written and any(self.added.search(key) for key in dict_keys([messages, tools])):
-            raise BadRecord([("control token in the name of an argument", ", ".join(sorted(written)))])
         for token in written:
-            notices[f"{token} written in the data"] += 1
+            notices[f"{token} written in the data, {'kept as a token' if token in self.kept else 'read as text'}"] += 1
+        written -= self.kept
+        if written and not written.isdisjoint(self.added.findall("\0".join(dict_keys([messages, tools])))):
+            raise BadRecord([("control token in the name of an argument", ", ".join(sorted(written)))])
         return self._marked([messages, tools]) if written else (messages, tools)
 
     def _structured(self, message, style, notices):
@@ -121,7 +132,8 @@ class ChatTemplate:
 
     def _marked(self, value):
         if isinstance(value, str):
-            return self.added.sub(lambda token: f"{MARK}{token[0][0]}{MARK}{token[0][1:]}{MARK}", value)
+            return self.added.sub(lambda token: token[0] if token[0] in self.kept else
+                                  f"{MARK}{token[0][0]}{MARK}{token[0][1:]}{MARK}", value)
         if isinstance(value, dict):
             return {key: self._marked(child) for key, child in value.items()}
         return [self._marked(child) for child in value] if isinstance(value, list) else value
@@ -326,6 +338,14 @@ def _dialogs(style, mode):
                         for number, message in enumerate(dialog)]
             yield messages
             yield [{"role": "system", "content": "s"}, *messages]
+
+
+def free_tokens(tokenizer: "PreTrainedTokenizerFast") -> frozenset[str]:
+    """The added tokens that the chat template does not write, and that neither begin, end nor pad a text."""
+    template = "\0".join(strings(tokenizer.chat_template))
+    own = {"<|im_start|>", END, "<|endoftext|>", tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token,
+           tokenizer.unk_token}
+    return frozenset(token for token in tokenizer.get_added_vocab() if token not in own and token not in template)
 
 
 def used_parts(messages: list[dict], tools: list[dict] | None) -> set[str]:

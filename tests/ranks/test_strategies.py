@@ -28,6 +28,10 @@ STRATEGIES = {"one process": None, "DDP": None, "ZeRO-2": "ds_config_zero2.json"
 REFUSED = {("ZeRO-3", "Q-LoRA"), ("ZeRO-3 offload", "Q-LoRA")}  # the library cannot shard quantized weights
 STEPS = 10
 RESUMED = ("full, chat", "LoRA, base")
+# An adapter that begins as a part of weights which ZeRO-3 has shared out, and whose second half is not trained.
+FROM_WEIGHTS = {"PiSSA, chat": ["--use_lora", *LORA, "--init_lora_weights", "pissa", "--weight_decay", "0"],
+                "OLoRA and DoRA, chat": ["--use_lora", *LORA, "--init_lora_weights", "olora", "--use_dora",
+                                         "--weight_decay", "0"]}
 OTHER_RUNS = {"learning_rate": "1e-5", "model_name_or_path": None, "lora_alpha": "64", "lora_r": "16"}  # not resumed
 
 
@@ -64,6 +68,11 @@ class Matrix(dict):
                 out = self.folder / f"{strategy} {method} {kind}"
                 cells[f"{method}, {kind}"] = {"argv": cell_argv(strategy, method, model, out, self.cache_dir),
                                               "out": str(out)}
+        if strategy in ("one process", "ZeRO-2", "ZeRO-3"):
+            for name, flags in FROM_WEIGHTS.items():
+                out = self.folder / f"{strategy} {name}"
+                argv = cell_argv(strategy, "LoRA", self.models["chat"], out, self.cache_dir)
+                cells[name] = {"argv": [*argv, *flags], "out": str(out)}
         for name in RESUMED:
             last = Path(cells[name]["out"]) / f"checkpoint-{STEPS}"
             cells[name + ", resumed"] = {**cells[name], "remove": [str(last)]}
@@ -129,6 +138,15 @@ def test_memory_is_counted_as_it_is_held(matrix, strategy, method, kind):
     if (strategy, method) not in REFUSED:
         result = matrix[strategy][f"{method}, {kind}"]
         assert result["counted"] == pytest.approx(result["held"], rel=0.01)
+
+
+@pytest.mark.parametrize("cell", FROM_WEIGHTS)
+@pytest.mark.parametrize("strategy", ["ZeRO-2", "ZeRO-3"])
+def test_adapters_begin_as_the_same_part_of_weights_that_are_shared_out(matrix, strategy, cell):
+    found, alone = (numbers(matrix[each][cell]) for each in (strategy, "one process"))
+    assert found == [pytest.approx(step, rel=1e-4) for step in alone]
+    plain = numbers(matrix[strategy]["LoRA, chat"])
+    assert found[0][0] == pytest.approx(plain[0][0], rel=1e-5) and found[-1][0] != pytest.approx(plain[-1][0], rel=1e-4)
 
 
 def expected_rates():
@@ -268,6 +286,33 @@ finetune.main(sys.argv[1:])
             "Training goes on") in run.stdout.splitlines()
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not isinstance(checkpoints.read_manifest(str(out / "checkpoint-2")), str)
+
+
+def test_ranks_with_weights_in_bf16_round_alike(make_model, cache_dir, tmp_path):
+    """Their generators differ, as they do after dropout; the weights must not, and are those of one process."""
+    program = tmp_path / "digests.py"
+    program.write_text(f"""
+import hashlib, json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import finetune, torch
+from accelerate.utils import gather_object
+seeded = finetune.load_model
+finetune.load_model = lambda *args: (seeded(*args), torch.manual_seed(args[1].process_index))[0]
+trainer = finetune.train(sys.argv[1:])
+weights = b"".join(weight.float().detach().numpy().tobytes() for weight in trainer.model.parameters())
+digests = gather_object([hashlib.sha256(weights).hexdigest()])
+if trainer.args.process_index == 0:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print("RESULT", json.dumps([digests, losses]))
+""")
+    results = []
+    for ranks, strategy in ((2, "DDP"), (1, "one process")):
+        argv = cell_argv(strategy, "full", make_model(), tmp_path / strategy, cache_dir)
+        run = torchrun([program, *argv, "--bf16", "--trained_weights", "bf16", "--max_steps", 3], ranks=ranks)
+        assert run.returncode == 0, run.stdout + run.stderr
+        results.append(json.loads(run.stdout.partition("RESULT ")[2].splitlines()[0]))
+    (digests, losses), (_, of_one) = results
+    assert len(digests) == 2 and digests[0] == digests[1] and losses == pytest.approx(of_one, rel=1e-2)
 
 
 def test_a_lock_that_a_killed_compilation_left_is_pointed_at(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +14,7 @@ import finetune
 import merge_lora
 from examples.make_tiny_model import EXAMPLES
 from mechanisms import loading
+from mechanisms.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,9 @@ OTHER_FAULTS = {
         foreign({"num_virtual_tokens": 3}, kind=PromptTuningConfig), "is of the kind PROMPT_TUNING"),
     "IA3": lambda foreign, make_model: (
         foreign({"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, kind=IA3Config),
-        "is of the kind IA3")}
+        "is of the kind IA3"),
+    "a part of the base in it": lambda foreign, make_model: (
+        foreign({"init_lora_weights": "pissa"}), "took part of the base model's weights into itself")}
 
 
 def rank_as_text(folder):
@@ -140,4 +143,48 @@ def test_a_good_adapter_is_continued_and_merged(kind, foreign, train, tmp_path, 
         assert (after[name] - before[name]).abs().max() < 0.005  # one step on from where it was
     assert before.keys() <= after.keys() and any(not after[name].equal(before[name]) for name in before)
     merge_lora.merge(["--adapter_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "merged")])
+    assert "The same as base and adapter" in capsys.readouterr().out
+
+
+KINDS = {  # the first flag is the one that is missing when the run is resumed with other settings
+    "a pattern": [["--lora_target_modules", r"model\.layers\.1\.(self_attn|mlp)\..*"]],
+    "DoRA": [["--use_dora"]],
+    "DoRA on 4 bits": [["--use_dora"], ["--q_lora"]],
+    "PiSSA, on a base model": [["--init_lora_weights", "pissa_niter_4"], ["--lora_embeddings", "full"]],
+    "OLoRA, rsLoRA": [["--init_lora_weights", "olora"], ["--use_rslora"]]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_resumed_and_merged_and_named(kind, train, tmp_path, capsys):
+    """The result is a plain adapter, and with its base model what was trained: merge_lora.py proves that."""
+    out, given = tmp_path / "out", [word for flag in KINDS[kind] for word in flag]
+    flags = ["--use_lora", "--lora_r", 4, "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
+    trainer = train(*flags, *given)
+    half = load_file(out / "checkpoint-2/adapter_model.safetensors")
+    whole = load_file(out / "adapter_model.safetensors")
+    config = json.loads((out / "adapter_config.json").read_text())
+    twice = "--init_lora_weights" in given
+    assert config["r"] == (8 if twice else 4) and config["init_lora_weights"] is True
+    if twice:  # the second half subtracts the start, and stays as it is
+        for name, tensor in whole.items():
+            if "lora_" in name:
+                dim = 0 if "lora_A" in name else 1
+                assert tensor.chunk(2, dim)[1].equal(half[name].chunk(2, dim)[1])
+                assert not tensor.chunk(2, dim)[0].equal(half[name].chunk(2, dim)[0])
+    logits = trainer.model.eval()(torch.arange(20)[None]).logits
+    card = (out / "README.md").read_text()
+    assert all(f"| {word.lstrip('-')} | " in card for word in given if word.startswith("--"))
+    shutil.rmtree(out / "checkpoint-4")
+    with pytest.raises(UserError, match=f"{given[0].lstrip('-')}: .* in the checkpoint"):
+        train(*flags, *given[len(KINDS[kind][0]):])
+    train(*flags, *given)
+    again = load_file(out / "adapter_model.safetensors")
+    assert again.keys() == whole.keys() and all(again[name].equal(tensor) for name, tensor in whole.items())
+    if kind == "a pattern":
+        assert {name.split(".layers.")[1][0] for name in whole} == {"1"}
+    if "--q_lora" not in given:  # which is trained on 4 bits
+        alone = AutoPeftModelForCausalLM.from_pretrained(out).eval()
+        assert torch.allclose(alone(torch.arange(20)[None]).logits, logits, atol=1e-5)
+    capsys.readouterr()
+    merge_lora.merge(["--adapter_path", str(out), "--output_dir", str(tmp_path / "merged")])
     assert "The same as base and adapter" in capsys.readouterr().out

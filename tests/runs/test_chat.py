@@ -150,6 +150,16 @@ def test_typed_control_tokens_are_plain_text(make_model):
             assert ids.count(token) == plain.count(token)
 
 
+def test_typed_tokens_are_tokens_if_training_kept_them(make_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(make_model())
+    tokenizer.add_tokens(["<|city|>"])
+    for kept in (True, False):
+        tokenizer.init_kwargs["keep_added_tokens"] = kept
+        tokenizer.save_pretrained(tmp_path)
+        ids = conversation(AutoTokenizer.from_pretrained(tmp_path)).prompt("<|city|>Paris<|im_end|>")["input_ids"][0]
+        assert ids.tolist().count(tokenizer.convert_tokens_to_ids("<|city|>")) == kept
+
+
 def test_the_prompt_is_the_template_over_all_that_was_said(make_model):
     tokenizer = AutoTokenizer.from_pretrained(make_model())
     talk = conversation(tokenizer, "Be kind.")

@@ -199,10 +199,11 @@ def test_everything_is_on_the_disk_before_the_manifest_and_it_goes_before_a_rewr
     assert checkpoints.read_manifest(folder) == "no complete.json: it was not written to the end"
 
 
-def test_files_have_the_mode_of_the_umask_and_none_is_a_pickle_of_the_arguments(train, out):
+def test_files_have_the_mode_of_the_umask_and_none_is_a_pickle_of_the_arguments(train, out, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     before = os.umask(0o027)
     try:
-        train("--hub_token", "hf_secretsecret", "--max_steps", 2)
+        train("--max_steps", 2)
     finally:
         os.umask(before)
     files = [path for path in out.rglob("*") if path.is_file()]

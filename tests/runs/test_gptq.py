@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import finetune
 import run_gptq
 from examples.make_tiny_model import EXAMPLES
-from mechanisms import memory
+from mechanisms import fitting, memory
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 
@@ -170,11 +170,11 @@ def test_memory_is_counted_with_packed_weights_which_autograd_keeps_unpacked(tra
     """From the config alone, against all that the real model holds and saves."""
     setups = []
 
-    def decide(setup, tokens):
-        setups.append(setup)
-        return False, "for this test"
+    def decide(plan):
+        setups.append(plan.setup)
+        return plan._replace(checkpointing=False), "for this test"
 
-    monkeypatch.setattr(finetune, "checkpointing_needed", decide)
+    monkeypatch.setattr(fitting, "decide", decide)
     flags = ["--q_lora", "--max_steps", 1, "--save_strategy", "no", *precision]
     model = train(quantized[4][0], tmp_path / "out", *flags).model
     weights = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *(

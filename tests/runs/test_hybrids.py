@@ -1,6 +1,9 @@
 """Hybrids and mixtures of experts as they are published: trained, resumed, saved, merged, and asked."""
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,16 +12,18 @@ import transformers
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 import chat
 import finetune
 import merge_lora
 import run_gptq
 from examples.make_tiny_model import EXAMPLES
-from mechanisms import memory
+from mechanisms import checkpoints, memory, wrapper
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
-from mechanisms.loading import fit_arguments, load_config, load_to_answer
+from mechanisms.loading import fit_arguments, load_config, load_to_answer, load_weights
 from mechanisms.lora import empty_network, expert_parameters, experts_of
 from mechanisms.memory import Setup
 
@@ -30,6 +35,10 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 SHARED = {**EXPERTS, "shared_expert_intermediate_size": 32}
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
           "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+
+
+OTHER = re.compile(r"model\.visual\.|mtp\.")
+PROCESSORS = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 
 
 def in_wrapper(outer, **text):
@@ -75,17 +84,58 @@ def make_published(make_model, tmp_path_factory):
             torch.manual_seed(0)
             wrapped = config.get_text_config() is not config
             auto = transformers.AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
-            model = auto.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.bfloat16 if wrapped else torch.float32)
             model.generation_config = transformers.GenerationConfig.from_pretrained(plain)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if wrapped:
-                file = folder / "model.safetensors"
-                save_file({**load_file(file), "mtp.fc.weight": torch.randn(64, 128)}, file, {"format": "pt"})
+                publish(folder)
             made[kind] = folder
         return made[kind]
 
     return make
+
+
+def publish(folder):
+    """What transformers saved of a wrapped model, as it is published: two files, routed experts in one tensor for a
+    layer, A_log in fp32, an MTP layer, the settings of the processors."""
+    tensors = {**load_file(folder / "model.safetensors"), "mtp.fc.weight": torch.randn(64, 128).bfloat16()}
+    experts = [tensors.pop(name) for name in list(tensors) if ".experts." in name]  # of each: down, gate, up
+    for layer in range(SIZES["num_hidden_layers"] if experts else 0):
+        own = experts[layer * 12:layer * 12 + 12]
+        name = f"model.language_model.layers.{layer}.mlp.experts"
+        tensors[f"{name}.down_proj"] = torch.stack(own[::3])
+        tensors[f"{name}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(own[1::3], own[2::3])])
+    for name, tensor in tensors.items():
+        if name.endswith("A_log"):
+            tensors[name] = tensor.float() * 1.001
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for number, part in enumerate((names[:len(names) // 2], names[len(names) // 2:]), 1):
+        file = f"model.safetensors-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for name in PROCESSORS:
+        (folder / name).write_text(f'{{"image_processor_type": "{name}"}}')
+
+
+def stored(folder):
+    """{name: tensor} of all files of weights in a folder, which hold each once, and as the index says."""
+    tensors, places = {}, {}
+    for file in sorted(folder.glob("*.safetensors")):
+        part = load_file(file)
+        assert not tensors.keys() & part.keys()
+        tensors |= part
+        places |= dict.fromkeys(part, file.name)
+    index = folder / "model.safetensors.index.json"
+    assert len(set(places.values())) == 1 or json.loads(index.read_text())["weight_map"] == places
+    return tensors
+
+
+def same_bytes(one, other):
+    one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)
 
 
 @pytest.fixture
@@ -105,16 +155,16 @@ def run(make_published, cache_dir, tmp_path):
                                               if not refused(family, method)), ("qwen3_5_text", "full")])
 def test_the_road_of_a_model(run, family, method, make_published, tmp_path, capsys):
     """Train, resume to the same bits, load with the stock classes, merge, answer, and train on."""
-    out, again, name = tmp_path / "out", tmp_path / "again", "model" if method == "full" else "adapter_model"
+    out, again = tmp_path / "out", tmp_path / "again"
     run(family, "--save_strategy", "steps", "--save_steps", 2, *METHODS[method])
     run(family, "--output_dir", again, "--resume_from_checkpoint", out / "checkpoint-2", *METHODS[method])
-    results = [load_file(folder / f"{name}.safetensors") for folder in (out, again)]
-    base = load_file(make_published(family) / "model.safetensors")
+    results = [stored(folder) for folder in (out, again)]
+    base = stored(make_published(family))
     assert results[0].keys() == results[1].keys()
     assert [key for key, tensor in results[0].items() if not torch.equal(tensor, results[1][key])] == []
     if method == "full":
-        text = {key for key in base if "visual" not in key and not key.startswith("mtp.")}
-        assert results[0].keys() == text and any(not torch.equal(base[key], results[0][key]) for key in text)
+        assert results[0].keys() == base.keys()
+        assert any(not torch.equal(base[key], results[0][key]) for key in base if not OTHER.match(key))
     stock = (AutoModelForCausalLM if method == "full" else AutoPeftModelForCausalLM).from_pretrained(out).eval()
     model, tokenizer = load_to_answer(str(out))
     ids = torch.tensor([tokenizer("Who are you?")["input_ids"]])
@@ -175,6 +225,178 @@ def test_q_lora_of_a_hybrid_quantizes_its_linear_layers_and_stays_exact_after_an
     assert packed == {"in_proj_qkv", "in_proj_z", "out_proj", "in_proj_a", "in_proj_b", "gate_proj", "up_proj",
                       "down_proj"}
     assert layer.linear_attn.conv1d.weight.dtype == layer.linear_attn.A_log.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_a_wrapped_model_stays_whole(run, kind, make_published, tmp_path):
+    """Full result and merged folder: trained text part, all else to the byte, and what loads the base loads them."""
+    published, full, adapter = make_published(kind), tmp_path / "full", tmp_path / "adapter"
+    trainer = run(kind, "--output_dir", full)
+    run(kind, "--output_dir", adapter, "--use_lora")
+    merge_lora.merge(["--adapter_path", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    ids, base = torch.tensor([[5, 6, 7, 8]]), stored(published)
+    for folder in full, tmp_path / "merged":
+        found = stored(folder)
+        assert {name: tensor.shape for name, tensor in found.items()} == \
+            {name: tensor.shape for name, tensor in base.items()}
+        assert [name for name in base if OTHER.match(name) and not same_bytes(base[name], found[name])] == []
+        assert all((folder / name).read_bytes() == (published / name).read_bytes() for name in PROCESSORS)
+        before, after = (json.loads((place / "config.json").read_text()) for place in (published, folder))
+        for config in (before, after):
+            config["dtype"] = config["text_config"]["dtype"] = "that of the trained weights"
+        assert after == before
+        whole, info = transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
+        with torch.no_grad():
+            text = AutoModelForCausalLM.from_pretrained(folder)
+            assert torch.equal(whole(ids).logits, text(ids).logits)
+        if folder == full:
+            trained, loaded = trainer.model.state_dict(), text.state_dict()
+            assert [name for name in trained if not torch.equal(trained[name], loaded[name])] == []
+    states = [name for name in base if name.endswith("A_log")]
+    assert len(states) == 3 and all(same_bytes(base[name], found[name]) for name in states)  # of the merged folder
+    again = run(kind, "--model_name_or_path", full, "--output_dir", tmp_path / "again", "--max_steps", 1)
+    assert stored(tmp_path / "again").keys() == base.keys() and again.state.global_step == 1
+
+
+def test_the_text_alone_and_the_whole_in_turn(run, make_published, tmp_path, monkeypatch):
+    """One takes the place of the other; a kill on the way leaves the earlier result, or nothing that passes for one."""
+    out, names = tmp_path / "out", stored(make_published("qwen3_5")).keys()
+    text = {name for name in names if not OTHER.match(name)}
+    run("qwen3_5", "--text_only", "--max_steps", 1)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert stored(out).keys() == text and "Qwen3_5ForCausalLM" in before["config.json"].decode()
+    assert "pipeline_tag: text-generation" in before["README.md"].decode() and PROCESSORS[0] not in before
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    for module, function in ((wrapper, "save_file"), (wrapper, "write_json"), (checkpoints, "settle")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, function, killed)
+            run("qwen3_5", "--max_steps", 1)
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda source, target: killed() if target == str(out / "config.json")
+                      else os.rename(source, target))
+        run("qwen3_5", "--max_steps", 1)
+    assert not (out / "config.json").exists()
+    run("qwen3_5", "--max_steps", 1)
+    assert stored(out).keys() == names and not (out / "model.safetensors").exists()
+    assert "pipeline_tag: image-text-to-text" in (out / "README.md").read_text()
+
+
+def test_an_adapter_says_where_it_has_no_effect(run, make_published, tmp_path, capsys):
+    """On a wrapper that alone says that the output layer is the embedding: its adapter is merged, and says how."""
+    tied, tensors = tmp_path / "tied", stored(make_published("qwen3_5"))
+    shutil.copytree(make_published("qwen3_5"), tied, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"},
+              tied / "model.safetensors", {"format": "pt"})
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    run("qwen3_5", "--model_name_or_path", tied, "--use_lora", "--max_steps", 1)
+    command = f"python merge_lora.py --adapter_path {tmp_path / 'out'} --output_dir {tmp_path / 'out'}-merged"
+    said, card = capsys.readouterr().out, (tmp_path / "out/README.md").read_text()
+    assert command in said and command in card and "vllm serve" not in said
+    assert "ignores adapters of its text part without a word" in said and "ignores adapters" in card
+    flags = ["--adapter_path", str(tmp_path / "out"), "--output_dir"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="not those of .*: mtp.fc.weight"):
+        patch.setattr(wrapper.Wrapper, "differences", lambda *arguments: ["mtp.fc.weight"])
+        merge_lora.merge([*flags, str(tmp_path / "wrong")])
+    assert not (tmp_path / "wrong").exists()
+    merge_lora.merge([*flags, str(tmp_path / "whole")])
+    merge_lora.merge([*flags, str(tmp_path / "text"), "--text_only"])
+    assert "vision tower and others" in capsys.readouterr().out
+    whole, text = stored(tmp_path / "whole"), stored(tmp_path / "text")
+    assert whole.keys() == tensors.keys() - {"lm_head.weight"}
+    assert text.keys() == {name for name in whole if not OTHER.match(name)}
+    for folder in "whole", "text":
+        model, _ = load_to_answer(str(tmp_path / folder))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "whole", output_loading_info=True)
+    assert not info["missing_keys"] and model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_conversions_that_loading_had_no_use_for_are_not_undone(make_published, tmp_path, monkeypatch):
+    """Under ZeRO-3 transformers keeps them too: here as there."""
+    plain = AutoModelForCausalLM.from_pretrained
+
+    def keeping_all(*arguments, **options):
+        model, info = plain(*arguments, **options)
+        model._weight_conversions += [conversion for conversion in get_model_conversion_mapping(model)
+                                      if isinstance(conversion, WeightConverter)]
+        return model, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", keeping_all)
+    load_weights(str(make_published("qwen3_5_moe"))).save_pretrained(tmp_path)
+    assert stored(tmp_path).keys() == {name for name in stored(make_published("qwen3_5_moe")) if not OTHER.match(name)}
+
+
+@pytest.fixture
+def completed(make_published, tmp_path):
+    """(Wrapper, folder): the text part of a published model, one of its A_log changed, in the wrapper again."""
+    folder, whole = tmp_path / "completed", wrapper.Wrapper(str(make_published("qwen3_5")))
+    model = AutoModelForCausalLM.from_pretrained(whole.folder)
+    with torch.no_grad():
+        model.model.layers[1].linear_attn.A_log += 1
+    model.save_pretrained(folder)
+    whole.complete(str(folder))
+    return whole, folder
+
+
+def test_tensors_keep_a_wider_type_than_the_models(completed, make_published):
+    found, base = stored(completed[1]), stored(make_published("qwen3_5"))
+    name = "model.language_model.layers.1.linear_attn.A_log"
+    assert [key for key in base if not same_bytes(base[key], found[key])] == [name]
+    assert torch.equal(found[name], (base[name].bfloat16() + 1).float())
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors: tensors["mtp.fc.weight"].view(torch.int16).flatten()[5].bitwise_xor_(1),
+    lambda tensors: tensors.pop("mtp.fc.weight"),
+    lambda tensors: tensors.update({"mtp.fc.weight": tensors["mtp.fc.weight"].float()})], ids=["bit", "lost", "type"])
+def test_other_tensors_than_the_bases_are_found(completed, change):
+    whole, folder = completed
+    assert whole.differences(str(folder)) == []
+    [file] = [file for file in folder.glob("*.safetensors") if "mtp.fc.weight" in load_file(file)]
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    assert whole.differences(str(folder)) == ["mtp.fc.weight"]
+
+
+def test_a_wrapper_is_refused_before_training(run, make_published, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(make_published("qwen3_5"), broken)
+    file = sorted(broken.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="the weights in .*broken cannot be loaded: model.safetensors-00002-of-00002"):
+        run("qwen3_5", "--model_name_or_path", broken)
+    with pytest.raises(UserError, match="--text_only: .* is a text model"):
+        run("qwen3_moe", "--text_only")
+    with pytest.raises(UserError, match="--text_only has no effect on an adapter"):
+        run("qwen3_5", "--text_only", "--use_lora")
+
+
+def test_a_wrapper_on_the_hub(make_published, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached, published = tmp_path / "models--Qwen--Qwen3.5-tiny", make_published("qwen3_5")
+    shutil.copytree(published, cached / "snapshots" / "0123456789abcdef")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123456789abcdef")
+    assert wrapper.is_wrapped("Qwen/Qwen3.5-tiny", str(tmp_path))
+    whole = wrapper.Wrapper("Qwen/Qwen3.5-tiny", str(tmp_path))
+    assert whole.folder == str(cached / "snapshots" / "0123456789abcdef")
+    assert whole.size == sum(tensor.nbytes for name, tensor in stored(published).items() if OTHER.match(name))
+
+
+def test_a_text_part_with_other_names_is_not_put_into_the_wrapper(make_published, tmp_path):
+    """A file for each expert, and the base has one for all of a layer: neither would read the other's."""
+    model = AutoModelForCausalLM.from_config(load_config(str(make_published("qwen3_5_moe"))))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="are not those of the text part"):
+        wrapper.Wrapper(str(make_published("qwen3_5_moe"))).complete(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind, reached, missed", [

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import transformers
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
@@ -60,6 +61,17 @@ def other_model(make_model, tmp_path):
     return folder
 
 
+def test_a_tied_output_layer_is_not_called_missing(again, monkeypatch):
+    said = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", said.append)
+    trainer = again("full")
+    assert "lm_head.weight" in trainer.model.all_tied_weights_keys and not any("missing keys" in line for line in said)
+    name = "model.norm.weight"
+    trainer._issue_warnings_after_load(trainer.model.load_state_dict({}, strict=False))
+    [line] = [line for line in said if "missing keys" in line]
+    assert name in line and "lm_head.weight" not in line
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("flag, value, before", [
     ("learning_rate", "1e-5", "0.001"), ("weight_decay", "0.5", "0.0"), ("optim", "adafactor", "'adamw_torch_fused'"),
@@ -106,7 +118,7 @@ def test_what_may_change_changes_no_number(again, killed, make_model, method, tm
         "--eval_data_path", EXAMPLES / "persona.jsonl", "--eval_strategy", "steps", "--eval_steps", 1,
         "--per_device_eval_batch_size", 3, "--dataloader_num_workers", 1, "--gradient_checkpointing", "True",
         "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lazy_preprocess", "True",
-        "--run_name", "other", "--skip_bad_rows", 5)
+        "--skip_memory_metrics", "False", "--skip_bad_rows", 5)
     assert losses(trainer)[:2] == killed(method)[2][:2]
     assert losses(trainer) == pytest.approx(killed(method)[2], rel=1e-5)  # half batches: another order of sums
 

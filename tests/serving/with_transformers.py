@@ -11,6 +11,8 @@ LARGEST_DIFFERENCE = 1e-5  # of logits, in float32
 
 @torch.inference_mode()
 def check(folder, result, expected):
+    if result["hybrid"]:
+        return None  # 4.57 does not know Qwen3.5
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
                for messages in expected["questions"]]

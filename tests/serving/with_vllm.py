@@ -13,9 +13,10 @@ LARGEST_DIFFERENCE = 1e-3  # of log-probabilities, in float32: vLLM's kernels ar
 
 def check(folder, result, expected):
     options = {"enable_lora": True, "max_lora_rank": 64} if result["base"] else {}
-    quantized = (folder / "quantize_config.json").exists()  # vLLM reads those in 16 bits only
+    # vLLM reads those in 16 bits only
+    rounded = result["hybrid"] or (folder / "quantize_config.json").exists()
     llm = vllm.LLM(model=result["base"] or str(folder), tokenizer=str(folder), max_model_len=256, enforce_eager=True,
-                   gpu_memory_utilization=0.2, dtype="bfloat16" if quantized else "float32", **options)
+                   gpu_memory_utilization=0.2, dtype="bfloat16" if rounded else "float32", **options)
     adapter = LoRARequest("adapter", 1, str(folder)) if result["base"] else None
     tokenizer = llm.get_tokenizer()
     found = {"ids": same([tokenizer(text)["input_ids"] for text in expected["texts"]], result["ids"])}
@@ -23,7 +24,7 @@ def check(folder, result, expected):
     if found["ids"] is True:
         found["ids"] = same([answer.prompt_token_ids for answer in said], result["prompt_ids"])
     found["answers"] = same([answer.outputs[0].text for answer in said], result["answers"])
-    if not quantized and not adapter:  # on a CPU, an adapter and prompt_logprobs together end in an error of einsum
+    if not rounded and not adapter:  # on a CPU, an adapter and prompt_logprobs together end in an error of einsum
         read = llm.generate([{"prompt_token_ids": ids} for ids in result["prompt_ids"]],
                             vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
         difference, logits = 0, load_file(f"{folder}.logits.safetensors")

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,12 +78,14 @@ def test_config_file_and_command_line_wins(tmp_path, monkeypatch, ending):
         Path(name).touch()
     config = tmp_path / f"run.{ending}"
     values = {"data_path": ["a.json", "b c.json"], "learning_rate": 1e-5, "use_lora": True, "eval_strategy": "no",
-              "lr_scheduler_kwargs": {"num_cycles": 2}, "lora_r": 8, "output_dir": str(tmp_path)}
+              "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "lora_r": 8,
+              "output_dir": str(tmp_path)}
     if ending == "json":
         config.write_text(json.dumps(values))
     else:
         config.write_text("data_path: [a.json, b c.json]\nlearning_rate: 1e-5\nuse_lora: true\neval_strategy: no\n"
-                          f"lr_scheduler_kwargs: {{num_cycles: 2}}\nlora_r: 8\noutput_dir: {tmp_path}\n")
+                          f"lr_scheduler_type: cosine\nlr_scheduler_kwargs: {{num_cycles: 2}}\nlora_r: 8\n"
+                          f"output_dir: {tmp_path}\n")
     _, data, training, lora = parse_arguments(prepare(config, "--lora_r", "16"))
     assert data.data_path == ["a.json", "b c.json"] and training.learning_rate == 1e-5 and training.use_lora
     assert training.eval_strategy == "no" and training.lr_scheduler_kwargs == {"num_cycles": 2}
@@ -173,8 +176,6 @@ def test_bad_data_stops_before_any_weight_is_loaded(case, tmp_path, make_model, 
     ("no tokenizer", "no usable tokenizer"),
     ("no weights", "cannot be loaded"), ("cut weights", "cannot be loaded"), ("adapter", "--lora_weight_path")])
 def test_models_that_are_not_there(case, message, tmp_path, make_model, cache_dir, capsys):
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(make_model(), model)
     if case == "nowhere/at/all":
@@ -196,6 +197,34 @@ def test_models_that_are_not_there(case, message, tmp_path, make_model, cache_di
                        str(tmp_path / "out"), "--cache_dir", str(cache_dir), "--max_steps", "1"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda folder, tokenizer: change_config(folder, vocab_size=2048),
+     "vocab_size is 2,048 in its config.json, and model.embed_tokens.weight in model.safetensors has 1,0"),
+    (lambda folder, tokenizer: tokenizer.add_tokens([f"<|place_{number}|>" for number in range(99)]), None),
+    (lambda folder, tokenizer: tokenizer.add_tokens([f"word{number}" for number in range(99)]), None),
+    (lambda folder, tokenizer: setattr(tokenizer, "chat_template", tokenizer.chat_template + "{# <|place_98|> #}") or
+     tokenizer.add_tokens([f"<|place_{number}|>" for number in range(99)]), "1 of its tokenizer's lie beyond, from")])
+def test_a_vocabulary_that_is_not_that_of_the_weights(change, message, tmp_path, make_model, cache_dir, monkeypatch):
+    """Tokens without an embedding are refused if they can occur: in the chat template, or with --keep_added_tokens."""
+    monkeypatch.setattr(finetune, "load_weights", lambda *_, **__: pytest.fail("weights were loaded"))
+    folder = tmp_path / "model"
+    shutil.copytree(make_model(), folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    change(folder, tokenizer)
+    tokenizer.save_pretrained(folder)
+    words = ["--model_name_or_path", str(folder), "--data_path", str(EXAMPLES / "data"), "--cache_dir", str(cache_dir)]
+    if message is None:
+        finetune.prepare(words)
+        words, message = [*words, "--keep_added_tokens"], "of its tokenizer's lie beyond, from"
+    with pytest.raises(UserError, match=message):
+        finetune.prepare(words)
+
+
+def change_config(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -7,11 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
-import finetune
 from bench.worker import padded
 from finetune import IGNORED, PaddingFreeCollator
-from mechanisms import head_loss, memory
+from mechanisms import fitting, head_loss, memory
 from mechanisms.attention import WITHIN_SAMPLES
 from mechanisms.data.packing import best_fit_decreasing
 from mechanisms.errors import UserError
@@ -107,8 +107,8 @@ def test_label_smoothing(make_pair):
     model, reference = make_pair(tied=False)
     samples = make_samples([40, 3, 17])
     batch = padded(samples)
-    logits = reference(**{**batch, "labels": None}).logits[:, :-1].flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    logits = reference(**{**batch, "labels": None}).logits
+    expected = LabelSmoother(0.1)({"logits": logits}, batch["labels"], shift_labels=True)  # Trainer's own
     expected.backward()
     batch = PaddingFreeCollator()(samples)
     with HeadLoss(model, label_smoothing=0.1).computing(batch["shift_labels"]):
@@ -177,11 +177,12 @@ def test_the_estimate_of_activations_is_what_autograd_saves(train, flags, precis
     """Against all that is saved in a real step, counted the same way."""
     estimates = []
 
-    def count_and_decide(setup, tokens):
-        estimates.append((tokens, *memory.activation_bytes(setup, tokens)))
-        return False, "counted"
+    def count_and_decide(plan):
+        tokens = plan.longest(plan.items)
+        estimates.append((tokens, *memory.activation_bytes(plan.setup, tokens)))
+        return plan._replace(checkpointing=False), "counted"
 
-    monkeypatch.setattr(finetune, "checkpointing_needed", count_and_decide)
+    monkeypatch.setattr(fitting, "decide", count_and_decide)
     trainer = train(*flags, *([precision] if precision == "--bf16" else []), "--max_steps", 1)
     [(tokens, stored, recomputed)] = estimates
     assert recomputed < stored
@@ -208,8 +209,8 @@ def test_gradient_checkpointing_auto(train, monkeypatch, capsys):
     trainer = train("--max_steps", 1, "--use_lora")
     assert "gradient checkpointing is off" in capsys.readouterr().out
     assert not trainer.model.get_base_model().model.layers[0].gradient_checkpointing
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 1e6)
-    trainer = train("--max_steps", 1, "--use_lora")
+    monkeypatch.setattr(memory, "RESERVE", 0.99)
+    trainer = train("--max_steps", 1, "--use_lora", "--memory_limit", 0.1)
     assert "gradient checkpointing is on" in capsys.readouterr().out
     assert trainer.model.get_base_model().model.layers[0].gradient_checkpointing
     assert logged(trainer, "grad_norm")[0][0] > 0

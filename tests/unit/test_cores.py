@@ -96,6 +96,6 @@ def test_samples_and_problems_of_many_records(make_model, tmp_path, monkeypatch,
     problems.write(tmp_path / "rejected.jsonl")
     written = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["data"] for row in written] == [row["data"] for row in problems.rejected]
-    assert report.notices == notices and report.notices["<|im_end|> written in the data"] == 2392
+    assert report.notices == notices and report.notices["<|im_end|> written in the data, read as text"] == 2392
     assert report.truncated and report.tokens == sum(len(ids) for ids, _, _ in expected)
     assert report.trained == sum(label != -100 for _, labels, _ in expected for label in labels[1:])

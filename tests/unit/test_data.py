@@ -7,9 +7,12 @@ import time
 
 import pytest
 
-from mechanisms.data.records import Place, Problems, find_files, read_records
-from mechanisms.data.shapes import BadRecord, to_conversation
+from mechanisms.data.datasets import load_dataset
+from mechanisms.data.encoder import ConversationEncoder
+from mechanisms.data.records import Notices, Place, Problems, find_files, read_records
+from mechanisms.data.shapes import BadRecord, parse_columns, to_conversation
 from mechanisms.errors import UserError
+from mechanisms.tokenizer import load_tokenizer
 
 MESSAGES = {"messages": [{"role": "user", "content": "안녕"}, {"role": "assistant", "content": "하세요"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "您好"}], "id": "7"}
@@ -349,3 +352,74 @@ def test_every_switch_is_honoured(off):
     assert shape({"messages": [Q, {**A, **off}, Q, A]})[0].trained == (False, True)
     on = {key: not value if key != "loss_scale" else 1.0 for key, value in off.items()}
     assert shape({"messages": [Q, {**A, **on}]})[0].trained == (True,)
+
+
+def test_columns_say_what_is_what():
+    record = {"question": "q", "answer_text": "a", "rules": "s", "prompt": "unused", "id": 1}
+    columns, wrong = parse_columns(["prompt=question", "response=answer_text", "system=rules"])
+    assert columns == {"prompt": "question", "response": "answer_text", "system": "rules"} and not wrong
+    notices = Notices()
+    assert [message["content"] for message in to_conversation(record, notices, columns).messages] == ["s", "q", "a"]
+    assert notices == {"key 'prompt' of the record": 1}
+    record = {"prompt": "q", "chosen": [U, A], "rejected": [U, {**A, "content": "worse"}]}
+    assert to_conversation(record, Notices(), {"messages": "chosen"}).messages == [U, A]
+    with pytest.raises(BadRecord) as bad:
+        to_conversation({"q": "q", "answer_text": "a"}, Notices(), columns)
+    assert bad.value.args[0] == [("a column that --columns names is missing",
+                                  "'question' for prompt; there are 'q', 'answer_text'")]
+    assert to_conversation({"question": "q", "answer_text": "a"}, notices, columns).messages[0]["content"] == "q"
+    assert notices["record without 'rules' (--columns system=rules)"] == 1
+
+
+@pytest.mark.parametrize("words, message", [
+    (["promt=q", "response=a"], "--columns promt=q: there is no 'promt' to fill. There are messages, conversations, "),
+    (["prompt"], "--columns prompt: write TARGET=COLUMN, as in prompt=question"),
+    (["prompt=a", "prompt=b"], "--columns fills 'prompt' twice, from 'a' and 'b'"),
+    (["prompt=a"], "--columns: unknown shape: keys 'prompt'; known are 'messages', "),
+    (["instruction=a"], "--columns: output=... is missing, the answer"),
+    (["system=a"], "--columns: unknown shape: keys 'system'; known are")])
+def test_columns_that_cannot_be(words, message):
+    [problem] = parse_columns(words)[1]
+    assert problem.startswith(message)
+
+
+def test_a_column_that_no_record_has_is_refused(make_model, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"q": "1", "a": "2"}\n{"q": "3", "a": "4"}\n')
+    encoder, loaded = ConversationEncoder(load_tokenizer(str(make_model())), 64), {}
+    for system in ("rules", "q"):
+        columns = {"prompt": "q", "response": "a", "system": system}
+        loaded[system] = load_dataset([str(path)], encoder, str(tmp_path), columns=columns)[1]
+    assert loaded["rules"].problems.fatal == [
+        "--columns system=rules: no record has 'rules'; the first one has 'q', 'a'"]
+    assert loaded["q"].kept == 2 and not loaded["q"].problems.fatal  # and no cache is taken for another's
+
+
+def test_the_assistant_may_speak_first_and_that_is_context():
+    for before in ([], [S]):
+        conversation, notices = shape({"messages": [*before, A, U, A, U, A]})
+        assert conversation.trained == (False, True, True) and len(conversation.messages) == len(before) + 5
+        assert notices == {"first message from the assistant: context, not trained": 1}
+    assert shape({"messages": [A, A, U, A]})[0].trained == (False, True)
+    for messages in ([A], [A, U], [S, A], [A, {"role": "tool", "content": "x"}, A]):
+        with pytest.raises(BadRecord, match="roles out of order"):
+            shape({"messages": messages})
+
+
+def test_a_first_message_of_the_assistant_stands_where_inference_puts_it(real):
+    _, tokenizer, encoder = real
+    messages = [{"role": "assistant", "content": "Welcome!"}, U, {"role": "assistant", "content": "yes"}]
+    [sample] = encoder(shape({"messages": messages})[0])
+    prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, enable_thinking=False,
+                                           return_dict=False)
+    assert sample.input_ids[:len(prompt)] == prompt and "Welcome!" in tokenizer.decode(prompt)
+    assert tokenizer.decode([label for label in sample.labels if label != -100]) == "yes<|im_end|>"
+
+
+def test_a_data_file_that_cannot_be_read_is_named(make_model, tmp_path):
+    encoder = ConversationEncoder(load_tokenizer(str(make_model())), 64)
+    for lazy in (False, True):
+        with pytest.raises(UserError) as error:
+            load_dataset(["/proc/self/mem", str(tmp_path)], encoder, str(tmp_path / "cache"), lazy)
+        assert str(error.value).split("\n       ") == ["/proc/self/mem: cannot be read: Input/output error",
+                                                       f"{tmp_path}: cannot be read: Is a directory"]

@@ -9,7 +9,9 @@ from transformers import AutoTokenizer
 from finetune import IGNORED, ConversationEncoder, load_tokenizer
 from mechanisms.data.records import Notices, Problems, find_files, read_records
 from mechanisms.data.shapes import BadRecord, to_conversation
+from mechanisms.data.template import KEEP, ChatTemplate
 from mechanisms.errors import UserError
+from tests.oracle import Oracle
 
 # Qwen1.5's way to render: the last turn is left open.
 OPEN_END = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
@@ -76,7 +78,58 @@ def test_no_control_token_comes_from_content(real, text):
     assert [token for token in sample.input_ids if token in added] == [
         token for token in plain.input_ids if token in added]
     known = [token for token in tokenizer.get_added_vocab() if token in text]
-    assert all(f"{token} written in the data" in notices for token in known)  # and the user is told
+    assert all(f"{token} written in the data, read as text" in notices for token in known)  # and the user is told
+
+
+@pytest.fixture
+def with_tokens(make_model):
+    """A tokenizer to which a user added a special token and a word."""
+    tokenizer = load_tokenizer(str(make_model()))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|tool|>"]}, replace_extra_special_tokens=False)
+    tokenizer.add_tokens(["Tokio"])
+    return tokenizer
+
+
+WITH_TOKENS = "In Tokio<|tool|>?<|im_end|>", "<|tool|>Tokio <tool_call>", "Tokio<|endoftext|>", "Yes<|tool|>"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_added_tokens_of_the_user_are_tokens_if_they_are_kept(kept, with_tokens):
+    record, notices = conversation(*WITH_TOKENS), Notices()
+    sample = one(ConversationEncoder(with_tokens, 2048, keep_added_tokens=kept)(record, notices))
+    tool, tokio, *others = with_tokens.convert_tokens_to_ids(["<|tool|>", "Tokio", "<|endoftext|>", "<tool_call>"])
+    assert [sample.input_ids.count(token) for token in (tool, tokio)] == ([3, 3] if kept else [0, 0])
+    assert not {*others} & {*sample.input_ids}  # ends, and what the template knows, are always text
+    assert Oracle(with_tokens, kept=["<|tool|>", "Tokio"] if kept else []).compare(
+        record.messages, None, record.trained, [sample]) == 2
+    read = "kept as a token" if kept else "read as text"
+    assert {f"<|tool|> written in the data, {read}", "<|im_end|> written in the data, read as text"} < notices.keys()
+
+
+def test_a_template_writes_added_tokens_of_the_user_as_tokens(with_tokens):
+    with_tokens.chat_template = with_tokens.chat_template.replace("'<|im_start|>user'", "'<|im_start|>user<|tool|>'")
+    roles = "user", "assistant", "tool", "assistant"
+    record = conversation(*[{"role": role, "content": "a<|tool|>"} for role in roles])
+    for kept in (True, False):
+        sample = one(ConversationEncoder(with_tokens, 2048, keep_added_tokens=kept)(record))
+        assert sample.input_ids.count(with_tokens.convert_tokens_to_ids("<|tool|>")) == 1
+
+
+def test_a_kept_token_can_be_the_name_of_an_argument(with_tokens):
+    record = conversation(*tool_record({"<|tool|>": 1}), tools=[TOOL])
+    sample = one(ConversationEncoder(with_tokens, 2048, keep_added_tokens=True)(record))
+    assert sample.input_ids.count(with_tokens.convert_tokens_to_ids("<|tool|>")) == 1
+    with pytest.raises(BadRecord, match="control token in the name"):
+        ConversationEncoder(with_tokens, 2048)(record)
+
+
+def test_the_saved_tokenizer_says_whether_added_tokens_are_kept(with_tokens, tmp_path):
+    for kept in (True, False):
+        with_tokens.init_kwargs[KEEP] = kept
+        with_tokens.save_pretrained(tmp_path)
+        tokenizer = load_tokenizer(str(tmp_path))
+        assert ({"<|tool|>", "Tokio"} <= ChatTemplate(tokenizer).kept) is kept
+        assert ConversationEncoder(tokenizer, 9).keep_added_tokens is kept  # which the key of the token cache has
 
 
 def test_thinking_is_rendered_as_qwen3_renders_it(real_data):

@@ -21,6 +21,8 @@ from examples.make_tiny_model import EXAMPLES
 from mechanisms import declarations, hints
 from mechanisms.errors import UserError
 from mechanisms.flags import BOOLEANS, RENAMED, make_parser, prepare_command_line
+from mechanisms.paths import source_name
+from mechanisms.tokenizer import is_base_model
 
 ROOT = Path(finetune.__file__).parent
 DATA = str(EXAMPLES / "data")
@@ -231,7 +233,7 @@ def test_no_is_a_prefix_where_the_parser_has_one():
     (["--gradient-checkpointing", "run.yaml", "--seed=1"],
      ["--lora_r", "8", "--activation_checkpointing", "--seed", "1"]),
     (["--lora_r", "16", "run.yaml", "more.json"], ["--lora_r", "8", "--seed", "3", "--lora_r", "16"]),
-    (["--run_name", "run.yaml"], ["--run_name", "run.yaml"]),
+    (["--system", "run.yaml"], ["--system", "run.yaml"]),
     (["--deepspeed", "ds.json"], ["--deepspeed", "ds.json"]),
 ])
 def test_a_config_file_stands_anywhere_but_as_the_value_of_a_flag(argv, expected):
@@ -245,10 +247,10 @@ def test_values_of_a_config_file(monkeypatch):
     monkeypatch.setenv("RATE", "1e-5")
     Path("run.yaml").write_text(
         "learning-rate: ${RATE}\neval_strategy: no\nweight_decay: 1e-2\noutput_dir: out-${RATE}-$RATE\ncache_dir:\n"
-        "lr_scheduler_kwargs: &more {seed: 7, name: '${RATE}'}\nrun_name: --odd\nmax_steps: -1\nlora_bias: NONE\n")
+        "lr_scheduler_kwargs: &more {seed: 7, name: '${RATE}'}\nsystem: --odd\nmax_steps: -1\nlora_bias: NONE\n")
     assert prepare("run.yaml") == [
         "--learning_rate", "1e-5", "--eval_strategy", "no", "--weight_decay", "1e-2", "--output_dir", "out-1e-5-$RATE",
-        "--lr_scheduler_kwargs", '{"seed": 7, "name": "1e-5"}', "--run_name=--odd", "--max_steps=-1", "--lora_bias",
+        "--lr_scheduler_kwargs", '{"seed": 7, "name": "1e-5"}', "--system=--odd", "--max_steps=-1", "--lora_bias",
         "none", "--data_path", DATA]
 
 
@@ -273,7 +275,7 @@ def test_all_mistakes_of_a_config_file_are_named_with_the_file(monkeypatch):
 
 
 def test_a_variable_is_replaced_in_files_only():
-    assert prepare("--run_name", "${NOT_SET}")[:2] == ["--run_name", "${NOT_SET}"]
+    assert prepare("--system", "${NOT_SET}")[:2] == ["--system", "${NOT_SET}"]
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -327,9 +329,9 @@ def test_lists_may_be_written_with_commas():
     assert prepare("--data_path", "a.jsonl,b.jsonl", "c,d.jsonl", "e,*.jsonl", data=()) == [
         "--data_path", "a.jsonl", "b.jsonl", "c,d.jsonl", "e,*.jsonl"]
     assert prepare("--lora_target_modules=q_proj, v_proj,")[:3] == ["--lora_target_modules", "q_proj", "v_proj"]
-    Path("run.yaml").write_text("data_path: a.jsonl,b.jsonl\neval_data_path:\n- c,d.jsonl\n- a.jsonl\nrun_name: x,y\n")
+    Path("run.yaml").write_text("data_path: a.jsonl,b.jsonl\neval_data_path:\n- c,d.jsonl\n- a.jsonl\nsystem: x,y\n")
     assert prepare("run.yaml", data=()) == ["--data_path", "a.jsonl", "b.jsonl", "--eval_data_path", "c,d.jsonl",
-                                            "a.jsonl", "--run_name", "x,y"]
+                                            "a.jsonl", "--system", "x,y"]
     assert "no such file, folder or match: x.jsonl" in error("--data_path", "a.jsonl,x.jsonl", data=())
 
 
@@ -358,8 +360,8 @@ def test_too_few_and_too_many_words(argv, message):
 
 
 def test_values_that_begin_with_a_dash():
-    assert prepare("--max_steps", "-1", "--run_name", "-- who?", "--project=-x=1") == [
-        "--max_steps=-1", "--run_name=-- who?", "--project=-x=1", "--data_path", DATA]
+    assert prepare("--max_steps", "-1", "--system", "-- who?", "--cache_dir=-x=1") == [
+        "--max_steps=-1", "--system=-- who?", "--cache_dir=-x=1", "--data_path", DATA]
     assert prepare("folder", "--message", "-- who are you?", program=chat, data=()) == [
         "folder", "--message=-- who are you?"]
 
@@ -409,17 +411,34 @@ def test_what_must_be_given(program, message):
     assert "missing" not in error("--dataset", "x", data=(), program=program)  # which is the data, perhaps
 
 
+@pytest.mark.parametrize("program, flag", [
+    (finetune, "--model_name_or_path"), (finetune, "--lora_weight_path"), (merge_lora, "--adapter_path"),
+    (merge_lora, "--base_model"), (chat, "--base_model"), (chat, None), (run_gptq, "--model_name_or_path")])
+def test_the_root_of_a_model_in_the_hubs_cache_is_its_snapshot(program, flag):
+    root = Path("hub/models--Qwen--Qwen2.5-0.5B-Instruct").resolve()
+    (root / "refs").mkdir(parents=True)
+    (root / "refs/main").write_text("7ae557604adf67be50417f59c2c2f167def9a775")
+    snapshot = root / "snapshots/7ae557604adf67be50417f59c2c2f167def9a775"
+    snapshot.mkdir(parents=True)
+    others = {merge_lora: ["--adapter_path", ".", "--output_dir", "out"], run_gptq: ["--out_path", "out"]}
+    words = prepare(*others.get(program, []), *filter(None, [flag]), root, program=program,
+                    data=() if program in (chat, merge_lora) else ("--data_path", DATA))
+    assert str(snapshot) in words and str(root) not in words
+    assert source_name(str(snapshot)) == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert is_base_model(str(snapshot), None) == (False, "its name holds 'instruct'")
+
+
 # -- once more --------------------------------------------------------------------------------------------------------
 
 def test_what_is_prepared_stays_as_it_is_and_nothing_is_said_again(capsys):
-    Path("run.yaml").write_text("warmup_ratio: 0.1\nlora_target_modules: q_proj,v_proj\nrun_name: --x\n")
+    Path("run.yaml").write_text("warmup_ratio: 0.1\nlora_target_modules: q_proj,v_proj\nsystem: --x\n")
     Path("a,b.jsonl").touch()
     once = prepare("run.yaml", "--evaluation_strategy=No", "--gradient_checkpointing", "--data_path", "a,b.jsonl",
                    "--gradient-checkpointing-kwargs", '{"use_reentrant": false}', "--no_dataloader_pin_memory", data=())
     assert capsys.readouterr().err == (
         "note: --warmup_ratio is read as --warmup_steps, its name in transformers 5\n"
         "note: --evaluation_strategy is read as --eval_strategy, its name in transformers 5\n")
-    assert once == ["--warmup_steps", "0.1", "--lora_target_modules", "q_proj", "v_proj", "--run_name=--x",
+    assert once == ["--warmup_steps", "0.1", "--lora_target_modules", "q_proj", "v_proj", "--system=--x",
                     "--eval_strategy", "no", "--activation_checkpointing", "--data_path", "a,b.jsonl",
                     "--activation_checkpointing_kwargs", '{"use_reentrant": false}', "--no_dataloader_pin_memory"]
     assert prepare(*once, data=()) == once

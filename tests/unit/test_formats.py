@@ -19,6 +19,7 @@ from datasets import Dataset, DatasetDict
 
 from finetune import ConversationEncoder, load_tokenizer
 from mechanisms.data.datasets import read_files, tokenize
+from mechanisms.data.files import _values
 from mechanisms.data.records import Problems, find_files, read_records
 from mechanisms.data.report import DataReport
 
@@ -130,6 +131,29 @@ def test_what_a_record_lacks_is_absent_in_a_table_too(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records, pyarrow.unify_schemas(
         [pyarrow.Table.from_pylist([record]).schema for record in records])), tmp_path / "x")
     assert [record for _, record in read(tmp_path / "x")[0]] == records
+
+
+@pytest.mark.parametrize("values", [
+    [[{"a": 1, "b": [{"c": "x"}, None, {}]}, None], None, [], [{"b": []}]], [["x", None], [], None], [[[1], None]],
+    [{"a": {"b": None}}, None, {"a": {"b": 1.5}}], [b"x", None], [True, None], ["x", None, ""], [{}, None]])
+def test_columns_become_the_values_that_pyarrow_makes_of_them(values):
+    def without_nulls(value):
+        if isinstance(value, dict):
+            return {key: without_nulls(child) for key, child in value.items() if child is not None}
+        return [*map(without_nulls, value)] if isinstance(value, list) else value
+
+    small = pyarrow.array(values * 3)
+    large = small.cast(pyarrow.large_list(small.type.value_type)) if pyarrow.types.is_list(small.type) else small
+    for array in (small, large, small.dictionary_encode() if small.type == pyarrow.string() else small):
+        for part in (array, array.slice(1), array.slice(2, 3), array[:0]):
+            assert _values(part) == without_nulls(part.to_pylist())
+
+
+def test_a_table_with_a_column_twice_is_refused(tmp_path):
+    table = pyarrow.table([["q"], ["a"], ["b"]], names=["instruction", "output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "x")
+    [fatal] = read(tmp_path / "x")[1].fatal
+    assert fatal == f"{tmp_path}/x: two columns have the same name: instruction, output, output"
 
 
 def test_places_in_csv_are_lines(tmp_path):

@@ -1,5 +1,7 @@
 """How much memory training takes, from a config alone: against sums done by hand, and real optimizers."""
 
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
@@ -7,7 +9,8 @@ from bitsandbytes.optim import GlobalOptimManager
 from peft import LoraConfig
 from transformers import Qwen2Config, Qwen3Config, Trainer, TrainingArguments
 
-from mechanisms import memory
+from mechanisms import fitting, frugal, memory
+from mechanisms.errors import UserError
 from mechanisms.memory import Setup
 
 QWEN_7B = Qwen2Config(
@@ -19,11 +22,19 @@ ADAPTERS = 28 * 64 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
 LORA = LoraConfig(task_type="CAUSAL_LM", r=64, lora_alpha=16, lora_dropout=0.05, target_modules=[
     "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"])
 BF16 = {"trained": torch.bfloat16}  # as under DeepSpeed
+CPU = torch.device("cpu")
+
+
+def plan(limit=1000, checkpointing=None, items=2, certain=True, **settings):
+    """A run of the 7B with rows of 2,048 tokens an item; limit: GB."""
+    return fitting.Plan(Setup(QWEN_7B, **settings), checkpointing, items, 8, lambda items: 2048 * items, certain,
+                        limit * 1e9, lambda: LORA)
 
 
 @pytest.mark.parametrize("settings, weights, gradients, optimizer, offloaded", [
     ({}, 4 * WEIGHTS, 4 * WEIGHTS, 8 * WEIGHTS, 0),
-    ({"ranks": 2}, 4 * WEIGHTS, 8 * WEIGHTS, 8 * WEIGHTS, 0),
+    ({"ranks": 2}, 4 * WEIGHTS, 4 * WEIGHTS, 8 * WEIGHTS, 0),
+    ({"ranks": 2, "accumulates": True}, 4 * WEIGHTS, 8 * WEIGHTS, 8 * WEIGHTS, 0),
     ({"ranks": 8, "stage": 1, **BF16}, 2 * WEIGHTS, 2 * WEIGHTS, 12 * WEIGHTS / 8, 0),
     ({"ranks": 8, "stage": 2, **BF16}, 2 * WEIGHTS, 2 * WEIGHTS / 8, 12 * WEIGHTS / 8, 0),
     ({"ranks": 8, "stage": 3, **BF16}, 2 * WEIGHTS / 8, 2 * WEIGHTS / 8, 12 * WEIGHTS / 8, 0),
@@ -69,13 +80,12 @@ def test_one_layer_is_counted_as_each_of_several():
     assert three - two == pytest.approx(two - one) and one > 0
 
 
-def test_an_unknown_optimizer_counts_as_adamw_and_is_named(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 1e12)
-    known, unknown = (Setup(QWEN_7B, LORA, device=torch.device("cpu"), optim=optim)
+def test_an_unknown_optimizer_counts_as_adamw_and_is_named():
+    known, unknown = (plan(adapter=LORA, device=torch.device("cpu"), optim=optim)
                       for optim in ("adamw_torch", "galore_adamw"))
-    assert memory.training_state(unknown)[:4] == memory.training_state(known)[:4]
-    assert "--optim galore_adamw" in memory.checkpointing_needed(unknown, 100)[1]
-    assert "--optim" not in memory.checkpointing_needed(known, 100)[1]
+    assert memory.training_state(unknown.setup)[:4] == memory.training_state(known.setup)[:4]
+    assert "--optim galore_adamw" in fitting.decide(unknown)[1]
+    assert "--optim" not in fitting.decide(known)[1]
 
 
 @pytest.mark.parametrize("optim, optim_args", [
@@ -94,3 +104,63 @@ def test_bytes_of_optimizers(optim, optim_args, tmp_path, monkeypatch):
     optimizer.step()
     held = sum(tensor.nbytes for tensor in optimizer.state[weight].values() if torch.is_tensor(tensor))
     assert memory.optimizer_bytes(optim, optim_args) == pytest.approx(held / weight.numel(), abs=0.02)
+
+
+# -- what fits --------------------------------------------------------------------------------------------------------
+
+def test_checkpointing_by_what_fits():
+    lora = {"adapter": LORA, "device": CPU}
+    need = fitting.Need.of(plan(**lora))
+    without, with_it = (need.total(checkpointing) / 1e9 for checkpointing in (False, True))
+    assert without > 1.5 * with_it
+    for limit, checkpointing in ((without / 0.84, False), (without / 0.86, True), (with_it * 1.01, True)):
+        decided, line = fitting.decide(plan(limit, **lora))
+        assert decided.checkpointing == checkpointing
+        assert f"checkpointing is {'on' if checkpointing else 'off'}: a row of 4,096 tokens needs about" in line
+    for asked, limit in ((True, with_it), (False, without)):
+        assert fitting.decide(plan(limit * 1.01, asked, **lora))[0].checkpointing == asked
+        with pytest.raises(UserError, match="does not fit"):
+            fitting.decide(plan(limit * 0.99, asked, **lora))
+    with pytest.raises(UserError, match="does not fit"):
+        fitting.decide(plan(with_it * 0.99, **lora))
+
+
+def test_a_row_that_may_never_come_refuses_no_run():
+    lora = {"adapter": LORA, "device": CPU}
+    held = sum(memory.training_state(Setup(QWEN_7B, LORA))[:3]) / 1e9
+    assert fitting.decide(plan(held * 1.01, certain=False, **lora))[0].checkpointing
+    with pytest.raises(UserError, match="does not fit"):
+        fitting.decide(plan(held * 0.99, certain=False, **lora))
+
+
+def test_what_fits_is_named_in_the_order_of_its_cost(monkeypatch):
+    """For a GPU, by its numbers alone, and 20 GB of RAM."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20e9))
+    gpu = torch.device("cuda")
+
+    def fits(**settings):
+        return [line.strip() for line in fitting.what_fits(plan(device=gpu, **settings), False).strip().split("\n")]
+
+    head, *ways = fits(limit=50, ranks=4)
+    assert head == ("What fits, the cheapest first, each with --gradient_checkpointing True "
+                    "--per_device_train_batch_size 1 --gradient_accumulation_steps 16:")
+    assert [way.rpartition(": about ")[0] for way in ways] == [
+        "--deepspeed ds_config_zero3.json", "--use_lora", "--q_lora", "on 8 GPUs, --deepspeed ds_config_zero3.json"]
+    small = fits(limit=1000, items=1)
+    assert small[0].endswith(" with --gradient_checkpointing True:") and small[1].startswith("--gradient_checkpointing")
+    assert [way.partition(":")[0] for way in fits(limit=12, adapter=LORA, items=1)[1:]] == [
+        "--deepspeed ds_config_zero3_offload.json", "on 4 GPUs, --deepspeed ds_config_zero3.json"]
+    assert "Nothing that this program has makes it fit" in fits(limit=0.1, adapter=LORA)[0]
+
+
+def test_weights_are_held_in_bf16_where_fp32_does_not_fit():
+    full = plan(device=CPU)._replace(frugal=frugal.setup(Setup(QWEN_7B, device=CPU)))
+    least = [fitting.Need.of(full._replace(setup=setup)).total(True) / 1e9 for setup in (full.setup, full.frugal)]
+    assert least[1] < 0.6 * least[0]
+    for limit, in_bf16 in ((least[0] * 1.01, False), (least[0] * 0.99, True), (least[1] * 1.01, True)):
+        decided, line = fitting.decide(full._replace(limit=limit * 1e9))
+        assert decided.setup.frugal == in_bf16 and ("held in bf16" in line) == in_bf16
+    with pytest.raises(UserError, match="does not fit"):
+        fitting.decide(full._replace(limit=least[1] * 0.99e9))
+    state = memory.training_state(full.frugal)
+    assert sum(state[:3]) == pytest.approx((2 + 2 + 2 * (1 + 4 / 256)) * WEIGHTS)

@@ -13,12 +13,14 @@ from examples.make_tiny_model import EXAMPLES
 from mechanisms.data import datasets, token_cache
 from mechanisms.data.datasets import PackedRows, load_dataset, split
 from mechanisms.data.encoder import ConversationEncoder
-from mechanisms.data.token_cache import DamagedCache, TokenCache
+from mechanisms.data.token_cache import DamagedCache, TextCache, TokenCache
 from mechanisms.errors import UserError
 from mechanisms.tokenizer import load_tokenizer
 
 FILES = sorted(map(str, (EXAMPLES / "data").iterdir()))
 ALL = [*token_cache.ARRAYS, token_cache.REPORT]
+OF_TEXTS = [*TextCache.CONTENT, *token_cache.OF_SAMPLES, token_cache.REPORT]
+UNKNOWN_LAZILY = {"counts_tokens", "truncated", "tokens", "trained", "longest", "once"}  # in a report
 DAMAGE = {"truncated": lambda path: path.write_bytes(path.read_bytes()[:-8]),
           "emptied": lambda path: path.write_bytes(b""),
           "halved": lambda path: path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 16 * 8]),
@@ -34,8 +36,11 @@ def load(make_model, tmp_path):
     """load(files) -> dataset, by the cache in tmp_path."""
     encoder = ConversationEncoder(load_tokenizer(str(make_model())), 100)
 
-    def run(files=FILES, lazy=False):
-        return load_dataset(files, encoder, str(tmp_path), lazy)[0]
+    def run(files=FILES, lazy=False, reports=None):
+        dataset, report = load_dataset(files, encoder, str(tmp_path), lazy)
+        if reports is not None:
+            reports.append(report)
+        return dataset
 
     return run
 
@@ -44,19 +49,39 @@ def content(dataset):
     return [(dataset[index]["input_ids"].tolist(), dataset[index]["labels"].tolist()) for index in range(len(dataset))]
 
 
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_is_made_again_and_said(load, tmp_path, capsys, damage):
-    whole = content(load())
-    for name in ALL:
-        [folder] = tmp_path.glob("tokens-*")
+def test_a_damaged_cache_is_made_again_and_said(load, tmp_path, capsys, damage, lazy):
+    whole = content(load(lazy=lazy))
+    for name in OF_TEXTS if lazy else ALL:
+        [folder] = tmp_path.glob("texts-*" if lazy else "tokens-*")
         DAMAGE[damage](folder / name)
         capsys.readouterr()
-        assert content(load()) == whole
+        assert content(load(lazy=lazy)) == whole
         [line] = [line for line in capsys.readouterr().out.split("\n") if "is made again" in line]
         assert name in line
         assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-    load()
+    load(lazy=lazy)
     assert "is made again" not in capsys.readouterr().out
+
+
+def test_lazy_data_are_on_disk_and_the_same_samples_and_report(load, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"instruction": f"{number} is?", "output": "so " * (number % 90)}) + "\n"
+                            for number in range(600)))
+    reports, datasets_ = [], []
+    for lazy in (False, True, True):  # the second time from the cache
+        datasets_.append(load([*FILES, str(long)], lazy, reports))
+    eager, *lazies = datasets_
+    for dataset, report in zip(lazies, reports[1:]):
+        assert content(dataset) == content(eager) and len(eager) > 600
+        assert all(isinstance(array, np.memmap) for array in dataset.content) and dataset.lengths is None
+        assert (dataset.digests == eager.digests).all()
+        assert [dataset.places(index) for index in range(len(eager))] == [eager.places(index)
+                                                                          for index in range(len(eager))]
+        fields, expected = report.to_json(), reports[0].to_json()
+        assert {key for key in fields if fields[key] != expected[key]} <= UNKNOWN_LAZILY and not report.counts_tokens
+        assert report.problems.rejected and report.left_out == reports[0].left_out
 
 
 @pytest.mark.parametrize("report", [b"[]", b"null", b"{}", b'{"digest": 1}', b"[" * 99999, b'"\xff"', b"1" * 5000,
@@ -102,6 +127,11 @@ def test_what_killed_runs_left_is_removed_and_never_in_the_way(load, tmp_path):
         assert token_cache._try_lock(file)
         load()
     assert {path.name for path in tmp_path.iterdir()} == {name, young.name, written.name}
+    texts = tmp_path / "texts-x.1.unfinished"
+    texts.mkdir()
+    (texts / next(iter(TextCache.CONTENT))).write_bytes(b"{}")
+    load(lazy=True)
+    assert not texts.exists()
 
 
 SLOW = """
@@ -112,7 +142,7 @@ def samples():
     for number in range(5):
         time.sleep(0.1)
         yield TokenizedSamples(np.full(3, number, np.int32), np.ones(3, bool), np.array([3]),
-                               np.array([number], np.uint64), np.array([[0, number]], np.int32))
+                               np.array([number], np.uint64), np.array([[0, number, 1]], np.int32))
 TokenCache.write(sys.argv[1], samples(), dict)
 """
 
@@ -129,8 +159,9 @@ def test_two_that_write_the_same_cache_at_once(tmp_path):
     assert [cache.places(index) for index in range(5)] == [[f"data:{index}"] for index in range(5)]
 
 
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("kind", ["a file", "a link to nowhere", "read-only", "full", "unreadable"])
-def test_a_cache_folder_that_cannot_be_used_is_one_line(load, make_model, tmp_path, monkeypatch, kind):
+def test_a_cache_folder_that_cannot_be_used_is_one_line(load, make_model, tmp_path, monkeypatch, kind, lazy):
     encoder = ConversationEncoder(load_tokenizer(str(make_model())), 100)
     cache = tmp_path / "cache"
     if kind == "a file":
@@ -143,11 +174,12 @@ def test_a_cache_folder_that_cannot_be_used_is_one_line(load, make_model, tmp_pa
         cache = tmp_path
         monkeypatch.setattr(token_cache, "_append", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     elif kind == "unreadable":
-        load_dataset(FILES, encoder, str(cache))
+        load_dataset(FILES, encoder, str(cache), lazy)
         monkeypatch.setattr(token_cache, "_read_manifest",
                             lambda folder: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(UserError, match="tokens .* cannot be used: .* another folder with --cache_dir") as error:
-        load_dataset(FILES, encoder, str(cache))
+    words = "texts" if lazy else "tokens"
+    with pytest.raises(UserError, match=f"{words} .* cannot be used: .* another folder with --cache_dir") as error:
+        load_dataset(FILES, encoder, str(cache), lazy)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*.unfinished"))
 

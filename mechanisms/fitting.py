@@ -1,0 +1,176 @@
+"""Whether a run fits into the memory: decided before its weights are loaded; and what helps where it does not."""
+
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import psutil
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from mechanisms import checkpoints, gptq, memory
+from mechanisms.errors import UserError, first_line
+from mechanisms.lora import empty_network, experts_of
+from mechanisms.memory import Setup
+from mechanisms.paths import checkpoints_in
+
+MANY = 2, 4, 8, 16  # GPUs that are offered where one machine has too few
+BREAK = "\n       "
+
+
+class Plan(NamedTuple):
+    """A run, as far as its memory goes.
+
+    Args:
+        setup: how the model is trained.
+        checkpointing: --gradient_checkpointing; None: auto.
+        items: samples (rows with --packing) of a batch.
+        accumulation: batches of a step.
+        longest: number of items -> tokens of the longest batch.
+        certain: whether so long a batch will come; without lengths (--lazy_preprocess) it only may.
+        limit: --memory_limit, in bytes; None: what is free.
+        lora: gives peft's LoraConfig of --use_lora without other flags, for a run that trains all weights.
+        frugal: `setup` with weights in bf16 (mechanisms/frugal.py), to be taken where the other does not fit; or None.
+    """
+    setup: Setup
+    checkpointing: bool | None
+    items: int
+    accumulation: int
+    longest: Callable[[int], int]
+    certain: bool
+    limit: float | None
+    lora: Callable
+    frugal: Setup | None = None
+
+    @property
+    def available(self):
+        return self.limit or memory.available_bytes(self.setup.device)
+
+
+class Need(NamedTuple):
+    """Bytes on one rank: of what it holds from step to step, and beside it while a row is computed."""
+    state: memory.State
+    loss: float
+    stored: float
+    recomputed: float
+
+    @classmethod
+    def of(cls, plan):
+        tokens = plan.longest(plan.items)
+        return cls(memory.training_state(plan.setup), memory.row_loss_bytes(plan.setup, tokens),
+                   *memory.activation_bytes(plan.setup, tokens))
+
+    def parts(self, checkpointing):
+        return {"weights": self.state.weights, "gradients": self.state.gradients, "optimizer": self.state.optimizer,
+                "activations": self.loss + (self.recomputed if checkpointing else self.stored)}
+
+    def total(self, checkpointing):
+        return sum(self.parts(checkpointing).values())
+
+
+def _gb(size):
+    return f"{size / 1e9:,.1f}"
+
+
+def decide(plan):
+    """Decide --gradient_checkpointing auto and --trained_weights auto, for all ranks alike.
+
+    -> (the Plan with both decided, a line that says why). Raises UserError, on all ranks, if the run does not fit.
+    """
+    need, available = Need.of(plan), plan.available
+    totals = [need.total(checkpointing) for checkpointing in (False, True)]
+    least = min(totals) if plan.certain else totals[1] - need.loss - need.recomputed
+    shares = torch.tensor([totals[0], least if plan.checkpointing is None else totals[plan.checkpointing]],
+                          dtype=torch.float32, device=plan.setup.device) / available
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(shares, torch.distributed.ReduceOp.MAX)
+    whole, smallest = shares.tolist()
+    checkpointing = plan.checkpointing if plan.checkpointing is not None else whole > 1 - memory.RESERVE
+    if smallest > 1 and plan.frugal:
+        decided, line = decide(plan._replace(setup=plan.frugal, frugal=None))
+        return decided, (f"trained weights are held in bf16, with stochastic rounding and 8-bit moments: in fp32 the "
+                         f"run needs about {_gb(totals[1])} GB; {line}")
+    if smallest > 1:
+        parts = ", ".join(f"{name} {_gb(size)}" for name, size in need.parts(checkpointing).items())
+        raise UserError(f"this run does not fit into the memory: it needs about {_gb(totals[checkpointing])} GB "
+                        f"on each {_rank(plan)}{' with gradient checkpointing' if checkpointing else ''} "
+                        f"({parts}), and {_gb(available)} GB can be had"
+                        + (" (--memory_limit)" if plan.limit else "") + what_fits(plan, checkpointing)
+                        + f"{BREAK}--memory_limit GB says how much can be had, if that is more")
+    return plan._replace(checkpointing=checkpointing), "; ".join([
+        f"gradient checkpointing is {'on' if checkpointing else 'off'}: a row of {plan.longest(plan.items):,} tokens "
+        f"needs about {_gb(totals[0])} GB without it, {_gb(totals[1])} GB with it, of {_gb(available)} GB",
+        *need.state.notes])
+
+
+def _rank(plan):
+    return "process" if plan.setup.device.type == "cpu" else "GPU"
+
+
+def what_fits(plan, checkpointing):
+    """Flags with which the run fits by estimate, the cheapest first, as lines of a message."""
+    on_each, smaller = _smaller_batches(plan, checkpointing)
+    ways = [(on_each, smaller)] if on_each else []
+    lines, measured = [], {}
+    for flags, other in (*ways, *_other_ways(smaller)):
+        key = id(other.setup.adapter), other.setup.trained
+        if key not in measured:
+            measured[key] = Need.of(other)
+        need = measured[key]._replace(state=memory.training_state(other.setup))
+        in_ram = psutil.virtual_memory().available / max(1, torch.cuda.device_count())
+        if need.total(True) <= (1 - memory.RESERVE) * plan.available and need.state.offloaded <= in_ram:
+            lines.append(f"{flags}: about {_gb(need.total(True))} GB")
+            if flags.startswith("on "):  # more GPUs fit all the more
+                break
+    if not lines:
+        return f"{BREAK}Nothing that this program has makes it fit: take a smaller model or a larger GPU"
+    return (f"{BREAK}What fits, the cheapest first{f', each with {on_each}' if on_each else ''}:{BREAK}  "
+            + f"{BREAK}  ".join(lines))
+
+
+def _smaller_batches(plan, checkpointing):
+    """(flags for checkpointing and batches of one item with the same samples a step, the Plan with them)."""
+    flags = [] if checkpointing else ["--gradient_checkpointing True"]
+    if plan.items > 1:
+        plan = plan._replace(items=1, accumulation=plan.items * plan.accumulation)
+        flags.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {plan.accumulation}")
+    return " ".join(flags), plan._replace(checkpointing=True)
+
+
+def _other_ways(plan):
+    """(flags, Plan) of other strategies and methods, in the order of what they cost the user."""
+    setup, on_gpu = plan.setup, plan.setup.device.type != "cpu"
+    sharded = not setup.nf4 and not gptq.is_gptq(setup.config)  # weights in 4 bits cannot be
+
+    def zero(stage, offload=False, ranks=setup.ranks):
+        return plan._replace(setup=setup._replace(stage=stage, ranks=ranks, trained=setup.compute,
+                                                  offload_optimizer=offload, offload_weights=offload and stage == 3))
+
+    for stage, offload in ((2, False), (3, False), (2, True), (3, True)):
+        better = (stage, offload) > (setup.stage or 0, setup.offload_optimizer)
+        if better and on_gpu and (setup.ranks > 1 or offload) and (stage == 2 or sharded):
+            yield f"--deepspeed ds_config_zero{stage}{'_offload' if offload else ''}.json", zero(stage, offload)
+    lora = setup
+    if not setup.adapter:
+        lora = setup._replace(adapter=plan.lora(), trained=setup.compute if setup.stage else torch.float32)
+        yield "--use_lora", plan._replace(setup=lora)
+    if sharded and setup.stage != 3 and not experts_of(empty_network(setup.config)):
+        yield "--q_lora", plan._replace(setup=lora._replace(nf4=True))
+    if on_gpu and sharded:
+        for ranks in (number for number in MANY if number > setup.ranks):
+            yield f"on {ranks} GPUs, --deepspeed ds_config_zero3.json", zero(3, ranks=ranks)
+
+
+@contextlib.contextmanager
+def running_out_is_told(plan, output_dir):
+    """While weights are loaded and trained: running out of memory is a UserError that says what takes less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        saved = next(filter(checkpoints.is_whole, checkpoints_in(output_dir)), None)
+        raise UserError(
+            f"out of memory: {first_line(error)}" + what_fits(plan, plan.checkpointing)
+            + (f"{BREAK}{saved} is complete: the same command goes on from it, with the first two of these flags too, "
+               "where they are named" if saved else "")) from error

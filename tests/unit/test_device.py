@@ -1,0 +1,236 @@
+"""What is done on GPUs, without one: torch's answers are planted, and kernels are replaced by slow ones for CPUs.
+
+Everything between, ours and torch's Python, is what runs on a card.
+"""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from finetune import TrainingArguments, parse_arguments
+from mechanisms import attention, device, gptq
+from mechanisms.attention import WITHIN_SAMPLES, best_attention, has_flash_attention, within_samples
+from mechanisms.errors import UserError
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(nvidia_smi): the machine's nvidia-smi is this shell script, and torch finds no GPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def make(nvidia_smi, cuda="13.0"):
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(torch, "__version__", "2.13.0+cu130" if cuda else "2.13.0+cpu")
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        monkeypatch.setattr(device, "PROC", tmp_path / "none")
+
+    return make
+
+
+@pytest.mark.parametrize("driver, cuda, words", [
+    ("550.54.14", "13.0", "is built for CUDA 13.0, which needs driver 580 or newer. Update the driver, or take the "
+     "build for older ones: pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126. Or add "
+     "--use_cpu to run on the CPU"),
+    ("580.65.06", "13.0", "is built for CUDA 13.0, and finds none. See what nvidia-smi"),
+    ("580.65.06", None, "is built without CUDA. pip install torch==2.13.0. Or")])
+def test_a_gpu_that_torch_cannot_use_ends_the_start(machine, driver, cuda, words):
+    machine(f"echo {driver}", cuda)
+    with pytest.raises(UserError) as error:
+        parse_arguments(["--data_path", "x.jsonl"])
+    assert f"(driver {driver})" in str(error.value) and words in str(error.value)
+
+
+def test_the_cpu_is_used_where_that_is_meant_or_there_is_nothing_else(machine, monkeypatch):
+    machine("exit 9")
+    assert TrainingArguments().use_cpu
+    machine("echo 550.54.14")
+    assert TrainingArguments(use_cpu=True).use_cpu
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert TrainingArguments().use_cpu
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert TrainingArguments().use_cpu
+
+
+def test_the_driver_is_read_where_nvidia_smi_is_missing_too(machine, monkeypatch, tmp_path):
+    machine("exit 9")
+    assert device.driver_version() is None
+    file = tmp_path / "version"
+    file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
+    monkeypatch.setattr(device, "PROC", file)
+    assert device.driver_version() == "535.104.05"
+
+
+def test_every_process_of_a_launcher_refuses_and_one_speaks(machine, tmp_path):
+    """The launchers count by nvidia-smi, which lists cards that torch cannot use."""
+    machine("echo GPU 0: NVIDIA H100; echo 550.54.14")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    run = subprocess.run(
+        [sys.executable, "mechanisms/torchrun.py", "--nproc_per_node", "2", "finetune.py", "--data_path", data,
+         "--output_dir", tmp_path / "out", "--model_name_or_path", tmp_path], capture_output=True, text=True,
+        timeout=120)
+    said = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert run.returncode == 2 and len(said) == 1 and "has an NVIDIA GPU (driver 550.54.14)" in said[0]
+    assert "Traceback" not in run.stderr
+
+
+def plant_card(monkeypatch, capability, compiled=("sm_75", "sm_80", "sm_90", "compute_120")):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(compiled))
+    has_flash_attention.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def no_card_is_remembered():
+    yield
+    has_flash_attention.cache_clear()
+
+
+def test_cards_older_than_torch_are_refused(monkeypatch):
+    plant_card(monkeypatch, (7, 5))
+    assert not device.runs_on_cpu("")
+    plant_card(monkeypatch, (7, 0))
+    with pytest.raises(UserError, match=r"a card \(compute capability 7.0\) is too old .* needs 7.5 or newer"):
+        device.runs_on_cpu("")
+
+
+@pytest.mark.parametrize("capability, dtype, flash", [
+    ((8, 0), torch.bfloat16, True), ((9, 0), torch.float16, True), ((8, 6), torch.float32, False),
+    ((7, 5), torch.float16, False)])
+def test_flash_attention_is_for_ampere_and_16_bits(monkeypatch, capsys, capability, dtype, flash):
+    plant_card(monkeypatch, capability)
+    assert has_flash_attention(GPU, dtype) == flash
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = None
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    assert best_attention(GPU, dtype) == ("flash_attention_2" if flash else WITHIN_SAMPLES)
+    assert ("note: flash-attn is installed and not used: it computes in 16 bits on Ampere" in capsys.readouterr().out) \
+        != flash
+
+
+def test_a_broken_flash_attn_is_not_used(monkeypatch, capsys):
+    plant_card(monkeypatch, (9, 0))
+    assert best_attention(GPU, torch.bfloat16) == WITHIN_SAMPLES and not capsys.readouterr().out  # none is installed
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # of version 4
+    assert best_attention(GPU, torch.bfloat16) == WITHIN_SAMPLES
+    assert "not used: cannot import name 'flash_attn_varlen_func'" in capsys.readouterr().out
+    sys.modules["flash_attn"].flash_attn_varlen_func = None
+    assert best_attention(GPU, torch.bfloat16) == WITHIN_SAMPLES
+    assert "not used: transformers does not know its version" in capsys.readouterr().out
+    assert best_attention(torch.device("cpu"), torch.bfloat16) == WITHIN_SAMPLES and not capsys.readouterr().out
+
+
+def samples_of(query, key, value, bounds, scale, left):
+    """Of each sample: (where it is, its weights (heads, queries, keys), its query, key, value in fp32, heads alike)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    for start, end in zip(bounds.tolist(), bounds.tolist()[1:]):
+        here = slice(start, end)
+        q, k, v = (tensor[here].float() for tensor in (query, key, value))
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        if left is not None and left >= 0:
+            seen = seen.triu(-left)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        yield here, scores.masked_fill(~seen, -torch.inf).softmax(-1), q, k, v
+
+
+def flash_forward(query, key, value, bounds, bounds_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
+                  scale=None, window_size_left=None, window_size_right=None, **others):
+    """aten::_flash_attention_forward on a CPU, with what CUDA's asks for."""
+    assert query.dtype == key.dtype == value.dtype and query.dtype.itemsize == 2
+    assert bounds.dtype == torch.int32 and bounds.is_contiguous() and isinstance(max_q, int)
+    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1 and not dropout_p
+    assert is_causal or window_size_right == 0
+    assert not any(value is not None for value in others.values())
+    output = torch.cat([torch.einsum("hqk,khd->qhd", weights, v) for _, weights, _, _, v in samples_of(
+        query, key, value, bounds, scale, window_size_left)]).to(query.dtype)
+    nothing = torch.empty(0)
+    return output, query.new_zeros(query.shape[1], len(query), dtype=torch.float), nothing, nothing, nothing
+
+
+def flash_backward(grad_out, query, key, value, out, lse, bounds, bounds_k, max_q, max_k, dropout_p, is_causal, rng,
+                   unused, *, scale=None, window_size_left=None, window_size_right=None):
+    grads, groups = [torch.zeros(query.shape) for _ in range(3)], query.shape[1] // key.shape[1]
+    for here, weights, q, k, v in samples_of(query, key, value, bounds, scale, window_size_left):
+        grad = grad_out[here].float()
+        of_weights = torch.einsum("qhd,khd->hqk", grad, v)
+        of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
+        grads[0][here] = torch.einsum("hqk,khd->qhd", of_scores, k)
+        grads[1][here] = torch.einsum("hqk,qhd->khd", of_scores, q)
+        grads[2][here] = torch.einsum("hqk,qhd->khd", weights, grad)
+    grads[1:] = (grad.unflatten(1, (-1, groups)).sum(2) for grad in grads[1:])
+    return tuple(grad.to(query.dtype) for grad in grads)
+
+
+@pytest.fixture
+def flash_on_cpu(monkeypatch):
+    monkeypatch.setattr(attention, "has_flash_attention", lambda device, dtype: dtype.itemsize == 2)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", flash_forward, "CPU")
+        library.impl("_flash_attention_backward", flash_backward, "CPU")
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("torch_2_11", [True, False])
+def test_varlen_attention_is_that_of_the_loop(monkeypatch, flash_on_cpu, dtype, heads, window, autocast, torch_2_11):
+    from torch.nn.attention import varlen
+
+    if torch_2_11:  # which has no enable_gqa, and wants as many heads of each
+        plain = varlen.varlen_attn
+
+        def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+            assert query.shape == key.shape == value.shape
+            return plain(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+        monkeypatch.setattr(varlen, "varlen_attn", older)
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    shapes = [(1, number, 15, 8) for number in (heads[0], heads[1], heads[1])]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    results = []
+    for flash in (True, False):
+        if not flash:
+            monkeypatch.setattr(attention, "has_flash_attention", lambda device, dtype: False)
+        held = torch.float32 if autocast or not flash else dtype
+        leaves = [tensor.clone().to(held).requires_grad_() for tensor in inputs]
+        with torch.autocast("cpu", dtype, enabled=autocast and flash):
+            output, _ = within_samples(None, *leaves, None, scaling=0.3, cu_seq_lens_q=bounds, max_length_q=9,
+                                       sliding_window=window)
+        assert output.shape == (1, 15, heads[0], 8) and (not flash or output.dtype == dtype)
+        output.float().square().sum().backward()
+        results.append([output.float(), *(leaf.grad.float() for leaf in leaves)])
+    for found, wanted in zip(*results):
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("bits, backend", [(4, "gptq_triton"), (8, "gptq_triton"), (3, "gptq_torch")])
+def test_a_gptq_model_answers_by_a_kernel_that_is_named(bits, backend):
+    """Left to itself, gptqmodel compiles kernels on the way to one."""
+    from gptqmodel.utils.backend import BACKEND
+
+    config = types.SimpleNamespace(quantization_config={"bits": bits})
+    gptq.name_backend(config)
+    assert BACKEND(config.quantization_config["backend"]) and config.quantization_config["backend"] == backend
+    config = types.SimpleNamespace(quantization_config={"bits": bits, "backend": "gptq_torch"})
+    gptq.name_backend(config)
+    assert config.quantization_config["backend"] == "gptq_torch"
