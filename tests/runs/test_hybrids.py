@@ -70,6 +70,15 @@ def refused(family, method):
             "GPTQ": "refused: linear attention" if hybrid else "refused: experts"}.get(method)
 
 
+CELLS = [(family, method) for family in FAMILIES for method in METHODS if not refused(family, method)]
+
+
+def some_of(cells, short):
+    """Cells as parameters of a test; those that are not in `short` are run by python -m tests.sweep families."""
+    assert set(short) <= set(cells)
+    return [pytest.param(*cell, marks=() if cell in short else pytest.mark.long) for cell in cells]
+
+
 @pytest.fixture(scope="module")
 def make_published(make_model, tmp_path_factory):
     """make_published(kind) -> folder as it is published: the wrapped ones with a vision tower and an MTP layer."""
@@ -151,8 +160,9 @@ def run(make_published, cache_dir, tmp_path):
     return train
 
 
-@pytest.mark.parametrize("family, method", [*((family, method) for family in FAMILIES for method in METHODS
-                                              if not refused(family, method)), ("qwen3_5_text", "full")])
+@pytest.mark.parametrize("family, method", some_of([*CELLS, ("qwen3_5_text", "full")], [
+    ("qwen2_moe", "LoRA on experts"), ("qwen3_moe", "full"), ("qwen3_next", "LoRA on experts"), ("qwen3_5", "full"),
+    ("qwen3_5", "Q-LoRA"), ("qwen3_5_moe", "LoRA")]))
 def test_the_road_of_a_model(run, family, method, make_published, tmp_path, capsys):
     """Train, resume to the same bits, load with the stock classes, merge, answer, and train on."""
     out, again = tmp_path / "out", tmp_path / "again"
