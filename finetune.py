@@ -61,7 +61,7 @@ from mechanisms.lock import only_run_in
 from mechanisms.lora import (
     default_targets,
     empty_network,
-    impossible_start,
+    impossible_adapter,
     is_part_of_weights,
     lora_config,
     start_from_weights,
@@ -224,6 +224,8 @@ class LoraArguments:
     lora_target_modules: list[str] = field(default=None, metadata={
         "help": "Linear layers that get an adapter: names, or all-linear, or one regular expression that whole names "
                 "must match (default: all of every block, but gates of experts and heads).", "metavar": "NAME"})
+    lora_experts: bool = field(default=False, metadata={
+        "help": "Adapters on the routed experts too, one for each: many weights, and no dropout (--lora_dropout 0)."})
     use_rslora: bool = field(
         default=False, metadata={"help": "Scale adapters so that high ranks learn as well as low ones (rsLoRA)."})
     use_dora: bool = field(
@@ -275,7 +277,7 @@ def parse_arguments(argv):
                      for lora_field, default in zip(dataclasses.fields(LoraArguments),
                                                     dataclasses.astuple(LoraArguments()))
                      if getattr(lora_args, lora_field.name) != default]
-    problems += strategies.impossible(training_args, lora_args) + impossible_start(training_args, lora_args)
+    problems += strategies.impossible(training_args, lora_args) + impossible_adapter(training_args, lora_args)
     problems += trials.failing(training_args)
     if training_args.trained_weights == "bf16":
         problems += frugal.problems(training_args)
@@ -565,8 +567,9 @@ def run(model_args, data_args, training_args, lora_args):
     wrapped = is_wrapped(model_args.model_name_or_path, training_args.cache_dir)
     whole = wrapped and not (training_args.use_lora or training_args.text_only)
     with fitting.running_out_is_told(plan, training_args.output_dir):
-        transformers.set_seed(training_args.seed)  # a new adapter starts from random numbers
         model = load_model(model_args, training_args, lora_args, config, tokenizer)
+        # A new adapter starts from random numbers, of which a network may draw some itself while it is made.
+        transformers.set_seed(training_args.seed)
         if training_args.use_lora:
             with gptqmodel_hidden(not is_gptq(config)):
                 model = add_adapter(model, adapter, training_args, lora_args)

@@ -2,6 +2,7 @@
 
   python bench/compare.py                                    # REAL_DATA=folder of the real tokenizers and data
   python bench/compare.py --model body-heavy --contestants O P F FP
+  python bench/compare.py --model hybrid --rows-per-forward O=1 "O'=1"     # these: one sample at a time
   python bench/compare.py --width 2048 --rows-per-forward O=2 --output results.json
   python bench/compare.py --device cuda --dtype bf16 --model qwen2.5-7b --lora --width 8192
 
@@ -42,7 +43,7 @@ CONTESTANTS = {
     "T+gc": "T with gradient checkpointing, TRL's default",
     "P+gc": "P with gradient checkpointing, TRL's default",
 }
-MODELS = ("head-heavy", "body-heavy", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")  # their shapes are in worker.py
+MODELS = "head-heavy", "body-heavy", "hybrid", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b"  # shapes: worker.py
 ALPACA = ("datasets/alpaca/alpaca_en_demo.json", "datasets/alpaca/alpaca_zh_demo.json")
 # How far a contestant's first loss and gradient norm may be from O's, relative. bf16 has 8 bits of precision.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}

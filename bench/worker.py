@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen3_5TextConfig
 
 import finetune
 from finetune import IGNORED, PaddingFreeCollator
@@ -36,15 +36,21 @@ from mechanisms.data.report import DataReport
 from mechanisms.data.token_cache import TokenCache
 from mechanisms.flags import prepare_command_line
 from mechanisms.head_loss import HeadLoss, SummedCrossEntropy
+from mechanisms.linear_attention import LINEAR
 from mechanisms.trainer import SafeTrainer
 
-# The first two are small enough for a laptop: in the one nearly all work is the output layer's, in the other the
-# blocks'. The others have the shapes of the published models; the weights are random in all of them.
+# The first three are small enough for a laptop: in the first nearly all work is the output layer's, in the second the
+# blocks', and the third has three layers of linear attention and one of attention, as Qwen3.5. The others have the
+# shapes of the published models; the weights are random in all of them.
 SHAPES = {
     "head-heavy": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
                    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
     "body-heavy": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8,
                    "num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": True},
+    "hybrid": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+               "linear_key_head_dim": 64, "linear_value_head_dim": 64, "vocab_size": 151936,
+               "tie_word_embeddings": True},
     "qwen2.5-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
                      "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
     "qwen2.5-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
@@ -64,8 +70,9 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "trl")
 def prepare(job):
     """Write the model with random weights, and the samples of every step, into job["folder"]."""
     if job["model"] in SHAPES:
-        config = Qwen2Config(max_position_embeddings=32768, rope_theta=1e6, use_sliding_window=False,
-                             **SHAPES[job["model"]])
+        shape = SHAPES[job["model"]]
+        config = Qwen3_5TextConfig(**shape) if "linear_num_key_heads" in shape else Qwen2Config(
+            max_position_embeddings=32768, rope_theta=1e6, use_sliding_window=False, **shape)
         torch.manual_seed(0)
         with torch.device(job["device"]):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if job["lora"] else torch.float32)
@@ -384,13 +391,15 @@ def model_flops(model, samples):
     for its own: 6 N (Kaplan et al. 2020, arXiv:2001.08361, section 2.1; Chowdhery et al. 2022, arXiv:2204.02311,
     appendix B), 4 N if frozen. Attention of a sample of n tokens takes, in each layer, 2 n^2 x (heads x head size) for
     its scores and as much for its values, half of that as it is causal, and twice as much again backward. The output
-    layer counts for labelled positions only: nothing else needs it. Embeddings, norms and the optimizer count nothing.
+    layer counts for labelled positions only: nothing else needs it. Embeddings, norms, the optimizer and what linear
+    attention computes beside its matrices count nothing.
     """
     config, head = model.config, model.get_output_embeddings().weight
     body = sum((6 if module.weight.requires_grad else 4) * module.weight.numel() for module in model.modules()
                if isinstance(module, torch.nn.Linear) and module.weight is not head)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_size
+    layers = config.num_hidden_layers - (getattr(config, "layer_types", None) or []).count(LINEAR)
+    attention = 6 * layers * config.num_attention_heads * head_size
     total = 0
     for sample in samples:
         length, labelled = len(sample["input_ids"]), int((sample["labels"][1:] != IGNORED).sum())

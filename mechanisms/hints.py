@@ -59,6 +59,7 @@ FLAGS = {
     "--lora_alpha": "alpha lora_scaling",
     "--lora_dropout": "lora_dropout_p lora_dropout_rate lora_drop dropout",
     "--lora_target_modules": "lora_target lora_targets lora_modules target_modules lora_target_linear",
+    "--lora_experts": "lora_target_parameters target_parameters",
     "--use_rslora": "rslora",
     "--use_dora": "dora",
     "--lora_bias": "bias lora_bias_trainable",

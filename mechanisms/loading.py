@@ -227,7 +227,7 @@ def fit_arguments(config, training_args, lora_args):
         words, network = lora_args.lora_target_modules, empty_network(config)
         words = words and todays_names(words, layer_names(network))
         lora_args.lora_target_modules = read_targets(words, network)
-        say("Adapters:", reach(network, lora_args.lora_target_modules), "")
+        say("Adapters:", reach(network, lora_args), "")
 
 
 def layer_names(network):
@@ -263,8 +263,10 @@ def check_trainable(model, config, training_args, lora_args):
         asked = last_parts(layers_of(asked, network)) or [asked]
     mlps = [name for name in asked if name.rpartition(".")[2] in MLP]
     if mlps and takes_mlps_for_experts(network):
-        raise UserError(f"--lora_target_modules {' '.join(mlps)}: of this mixture of experts peft adapts the routed "
-                        "experts then, and no shared ones. Leave them out")
+        raise UserError(f"--lora_target_modules {' '.join(mlps)}: by these names peft adapts the routed experts of "
+                        "this model, and no other MLPs. Leave them out: --lora_experts adapts them all")
+    if lora_args.lora_experts and not experts:
+        raise UserError("--lora_experts: this model has no routed experts. Leave it out")
     missing = [name for name in asked if not layers_of([name], network)]
     if missing:
         raise UserError(f"--lora_target_modules {' '.join(missing)}: no such layers in this model; it has "

@@ -95,15 +95,35 @@ def read_targets(words, network):
     return words if len(words) > 1 or layers_of(words, network) else words[0]
 
 
-def reach(network, targets):
-    """What adapters on these targets reach, as lines of a table: layers of each kind, experts included."""
+def expert_parameters(network):
+    """What --lora_experts adapts, for peft's target_parameters: the weights of routed experts, and those of the MLPs
+    that peft would take for them by their names (in its target_modules)."""
+    names = list(experts_of(network))
+    if takes_mlps_for_experts(network):
+        names += [f"{name}.weight" for name in _linear_layers(network) if name.rpartition(".")[2] in MLP]
+    return list(dict.fromkeys(map(_within_block, names)))
+
+
+def _within_block(name):
+    return re.sub(r".*\.layers\.\d+\.", "", name)
+
+
+def reach(network, lora_args):
+    """What the adapters reach and what they do not, as lines of a table: layers of each kind, experts included."""
+    parameters = tuple(expert_parameters(network)) if lora_args.lora_experts else ()
+    experts = {name.removesuffix(".weight"): weight for name, weight in network.named_parameters()
+               if name.endswith(parameters)}
+    reached = {*layers_of(lora_args.lora_target_modules, network), *experts}
     counts = {True: collections.Counter(), False: collections.Counter()}
-    reached = set(layers_of(targets, network))
     for name in [*_linear_layers(network), *experts_of(network)]:
         if name in reached or ".layers." in name:
-            counts[name in reached][re.sub(r".*\.layers\.\d+\.", "", name)] += 1
-    return table([(word, ", ".join(f"{kind} x {count}" for kind, count in counts[reached].items()) or "none")
-                  for word, reached in (("reached", True), ("not reached", False))])
+            counts[name in reached][_within_block(name)] += 1
+    lines = [(word, ", ".join(f"{kind} x {count}" for kind, count in counts[wanted].items()) or "none")
+             for word, wanted in (("reached", True), ("not reached", False))]
+    if experts:
+        lines.append(("trained on experts", sum(weight[..., 0, 0].numel() * lora_args.lora_r * sum(weight.shape[-2:])
+                                                for weight in experts.values())))
+    return table(lines)
 
 
 def lora_config(path, model, tokenizer, lora_args, say=say):
@@ -135,7 +155,9 @@ def lora_config(path, model, tokenizer, lora_args, say=say):
     if isinstance(lora_args.lora_target_modules, str):  # on mixtures of experts peft keeps only the last parts of names
         settings["target_modules"] = layers_of(lora_args.lora_target_modules, model)
     return LoraConfig(
-        task_type="CAUSAL_LM", **settings, modules_to_save=names if embeddings == "full" else None,
+        task_type="CAUSAL_LM", **settings,
+        target_parameters=expert_parameters(model) if lora_args.lora_experts else None,
+        modules_to_save=names if embeddings == "full" else None,
         trainable_token_indices={name: tokens for name in names} if embeddings == "chatml" else None,
         ensure_weight_tying=tied and embeddings != "none")
 
@@ -145,19 +167,24 @@ def is_part_of_weights(start):
     return start.startswith(("pissa", "olora"))
 
 
-def impossible_start(training_args, lora_args):
-    """What is wrong with --init_lora_weights or cannot go with it, as lines."""
-    start = lora_args.init_lora_weights
+def impossible_adapter(training_args, lora_args):
+    """What is wrong with the settings of a new adapter, or excludes each other, as lines."""
+    start, problems = lora_args.init_lora_weights, []
+    if lora_args.lora_experts and lora_args.lora_dropout:
+        problems.append("--lora_experts: adapters on experts cannot have dropout: add --lora_dropout 0")
+    if lora_args.lora_experts and lora_args.use_dora:
+        problems.append("--use_dora: not with --lora_experts, for which peft has no DoRA. Leave one of them out")
     if not re.fullmatch(r"true|gaussian|olora|pissa(_niter_\d+)?", start):
-        return [f"--init_lora_weights {start}: true, gaussian, olora, pissa or pissa_niter_N. Of peft's others, eva, "
-                "corda and lora_ga make passes over the data of their own, and loftq changes the base model"]
-    if not is_part_of_weights(start):
-        return []
-    return [f"{flag}: not with --init_lora_weights {start}, {reason}" for flag, given, reason in (
-        ("--q_lora", lora_args.q_lora, "which takes its start from 16-bit weights. Use --use_lora"),
-        ("--fsdp", training_args.fsdp, "of which one half is not trained. Use --deepspeed"),
-        (f"--weight_decay {training_args.weight_decay}", training_args.weight_decay,
-         "which would shrink the half of it that is not trained. Give --weight_decay 0")) if given]
+        problems.append(f"--init_lora_weights {start}: true, gaussian, olora, pissa or pissa_niter_N. Of peft's others "
+                        "eva, corda and lora_ga make passes over the data of their own, and loftq changes the base")
+    if is_part_of_weights(start):
+        problems += [f"{flag}: not with --init_lora_weights {start}, {reason}" for flag, given, reason in (
+            ("--q_lora", lora_args.q_lora, "which takes its start from 16-bit weights. Use --use_lora"),
+            ("--lora_experts", lora_args.lora_experts, "which only linear layers have. Leave one of them out"),
+            ("--fsdp", training_args.fsdp, "of which one half is not trained. Use --deepspeed"),
+            (f"--weight_decay {training_args.weight_decay}", training_args.weight_decay,
+             "which would shrink the half of it that is not trained. Give --weight_decay 0")) if given]
+    return problems
 
 
 def start_from_weights(model, start):

@@ -56,7 +56,7 @@ def adapter_hint(folder, adapter):
     """
     rank = next((rank for rank in VLLM_RANKS if rank >= adapter.r), None)
     if rank is None or adapter.modules_to_save or adapter.trainable_token_indices or adapter.bias != "none" \
-            or adapter.use_dora:
+            or adapter.use_dora or adapter.target_parameters:
         return []
     path, base = shlex.quote(folder), shlex.quote(adapter.base_model_name_or_path)
     return [f"  vLLM:  vllm serve {base} --tokenizer {path} --enable-lora --max-lora-rank {rank} --lora-modules "
@@ -70,9 +70,9 @@ def serving_hints(folder, ollama):
     name = served_name(folder)
     return [f"  chat:       python chat.py {path}",
             f"  vLLM:       vllm serve {path}",
-            f"  SGLang:     python -m sglang.launch_server --model-path {path}",
+            f"  SGLang:     sglang serve --model-path {path}",
             f"  MLX:        mlx_lm.server --model {path}",
             f"  llama.cpp:  python llama.cpp/convert_hf_to_gguf.py {path} --outtype auto --outfile {gguf}",
-            f"              llama-server -m {gguf} --jinja",
+            f"              llama-server -m {gguf}",
             "  Ollama:     " + (f"ollama create {name} -f {recipe} && ollama run {name}   (after that conversion)"
                                 if ollama else "merge with --ollama, which writes its Modelfile")]

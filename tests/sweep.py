@@ -1,9 +1,10 @@
-"""Long versions of tests: every label of much data against the oracle, mutated files, every flag.
+"""Long versions of tests: every label of much data against the oracle, mutated files, every flag, every family.
 
   REAL_DATA=folder python -m tests.sweep real             # all real datasets x all tokenizers x all modes
   REAL_DATA=folder python -m tests.sweep fuzz --cases 10000
   python -m tests.sweep files --cases 10000               # mutated data files of every kind; needs no REAL_DATA
   python -m tests.sweep flags                             # every flag of TrainingArguments: its effect, or its refusal
+  python -m tests.sweep families                          # hybrids and mixtures of experts: all ways of training them
   python -m tests.sweep docs                              # writes what the code says into docs/
 """
 
@@ -106,7 +107,7 @@ def sweep_flags():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["real", "fuzz", "files", "flags", "docs"])
+    parser.add_argument("what", choices=["real", "fuzz", "files", "flags", "families", "docs"])
     parser.add_argument("--cases", type=int, default=10_000, help="of the fuzz, for each tokenizer together (10000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -123,6 +124,10 @@ def main():
         for name, page in PAGES.items():
             (DOCS / name).write_text(page(), encoding="utf-8")
         return
+    if args.what == "families":
+        import pytest
+
+        raise SystemExit(pytest.main(["-m", "", "tests/runs/test_hybrids.py", "tests/ranks/test_families.py"]))
     if args.what == "flags":
         raise SystemExit(bool(sweep_flags()))
     real_data, total, wrong, began = Path(os.environ["REAL_DATA"]), 0, 0, time.time()

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from tests.ranks.launching import ROOT, Run, processes_of
+from tests.runs.test_hybrids import make_published  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,12 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,7 +23,8 @@ from examples.make_tiny_model import EXAMPLES
 from mechanisms import checkpoints, memory, wrapper
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
-from mechanisms.loading import load_config, load_to_answer, load_weights
+from mechanisms.loading import fit_arguments, load_config, load_to_answer, load_weights
+from mechanisms.lora import empty_network, expert_parameters, experts_of
 from mechanisms.memory import Setup
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
@@ -50,6 +52,31 @@ CONFIGS = {
     "qwen3_5": lambda **ends: in_wrapper(transformers.Qwen3_5Config, **SIZES, **LINEAR, intermediate_size=96, **ends),
     "qwen3_5_moe": lambda **ends: in_wrapper(transformers.Qwen3_5MoeConfig, **SIZES, **LINEAR, **SHARED, **ends),
     "qwen3_5_text": lambda **ends: transformers.Qwen3_5TextConfig(**SIZES, **LINEAR, intermediate_size=96, **ends)}
+
+
+FAMILIES = {"qwen2_moe": "Qwen1.5-MoE", "qwen3_moe": "Qwen3-30B-A3B, Qwen3-Coder", "qwen3_next": "Qwen3-Next",
+            "qwen3_5": "Qwen3.5, 3.6, 3.8, dense", "qwen3_5_moe": "Qwen3.5-35B-A3B and larger"}
+METHODS = {"full": ["--gradient_accumulation_steps", 2, "--packing"], "LoRA": ["--use_lora"],
+           "LoRA on experts": ["--use_lora", "--lora_experts", "--lora_dropout", 0, "--lora_r", 8],
+           "Q-LoRA": ["--q_lora"]}
+
+
+def refused(family, method):
+    """What README's table says instead of "yes", or None."""
+    config = CONFIGS[family]().get_text_config()
+    hybrid, experts = hasattr(config, "linear_num_key_heads"), hasattr(config, "num_experts")
+    return {"LoRA on experts": None if experts else "has none",
+            "Q-LoRA": "refused: experts would stay in 16 bits" if experts else None,
+            "GPTQ": "refused: linear attention" if hybrid else "refused: experts"}.get(method)
+
+
+CELLS = [(family, method) for family in FAMILIES for method in METHODS if not refused(family, method)]
+
+
+def some_of(cells, short):
+    """Cells as parameters of a test; those that are not in `short` are run by python -m tests.sweep families."""
+    assert set(short) <= set(cells)
+    return [pytest.param(*cell, marks=() if cell in short else pytest.mark.long) for cell in cells]
 
 
 @pytest.fixture(scope="module")
@@ -133,32 +160,81 @@ def run(make_published, cache_dir, tmp_path):
     return train
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_5", "qwen3_next", "qwen3_5_moe"])
-def test_the_road_of_a_model(run, kind, method, make_published, tmp_path, capsys):
-    """Train, resume to the same bits, load with the stock classes, merge, and answer."""
-    flags = ["--use_lora"] if method == "lora" else ["--gradient_accumulation_steps", 2, "--packing"]
+@pytest.mark.parametrize("family, method", some_of([*CELLS, ("qwen3_5_text", "full")], [
+    ("qwen2_moe", "LoRA on experts"), ("qwen3_moe", "full"), ("qwen3_next", "LoRA on experts"), ("qwen3_5", "full"),
+    ("qwen3_5", "Q-LoRA"), ("qwen3_5_moe", "LoRA")]))
+def test_the_road_of_a_model(run, family, method, make_published, tmp_path, capsys):
+    """Train, resume to the same bits, load with the stock classes, merge, answer, and train on."""
     out, again = tmp_path / "out", tmp_path / "again"
-    run(kind, "--save_strategy", "steps", "--save_steps", 2, *flags)
-    run(kind, "--output_dir", again, "--resume_from_checkpoint", out / "checkpoint-2", *flags)
+    run(family, "--save_strategy", "steps", "--save_steps", 2, *METHODS[method])
+    run(family, "--output_dir", again, "--resume_from_checkpoint", out / "checkpoint-2", *METHODS[method])
     results = [stored(folder) for folder in (out, again)]
-    base = stored(make_published(kind))
+    base = stored(make_published(family))
     assert results[0].keys() == results[1].keys()
     assert [key for key, tensor in results[0].items() if not torch.equal(tensor, results[1][key])] == []
     if method == "full":
         assert results[0].keys() == base.keys()
         assert any(not torch.equal(base[key], results[0][key]) for key in base if not OTHER.match(key))
-    stock = (AutoPeftModelForCausalLM if method == "lora" else AutoModelForCausalLM).from_pretrained(out).eval()
+    stock = (AutoModelForCausalLM if method == "full" else AutoPeftModelForCausalLM).from_pretrained(out).eval()
     model, tokenizer = load_to_answer(str(out))
     ids = torch.tensor([tokenizer("Who are you?")["input_ids"]])
     with torch.no_grad():
         assert torch.equal(stock(ids).logits, model(ids).logits)
-    if method == "lora":
+    if method != "full":
+        assert ("mlp.experts" in "".join(results[0])) == (method == "LoRA on experts")
+        assert all(tensor.any() for tensor in results[0].values())
         merge_lora.merge(["--adapter_path", str(out), "--output_dir", str(tmp_path / "merged")])
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        more = tmp_path / "more"
+        run(family, "--q_lora" if method == "Q-LoRA" else "--use_lora", "--lora_weight_path", out, "--output_dir", more,
+            "--max_steps", 1)
+        for key, tensor in load_file(more / "adapter_model.safetensors").items():
+            assert 0 < (tensor - results[0][key]).abs().max() < 0.005, key  # one step on from where it was
     capsys.readouterr()
     chat.main([str(out), "--message", "Who are you?", "--do_sample", "False", "--max_new_tokens", "4"])
     assert capsys.readouterr().out.strip()
+
+
+def test_an_adapter_on_experts_by_their_former_names_is_continued_and_merged(run, make_published, tmp_path):
+    """peft turns them into the fused weights of today, gate and up with twice the rank."""
+    network = AutoModelForCausalLM.from_pretrained(make_published("qwen3_moe"))
+    network = get_peft_model(network, LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"],
+        init_lora_weights=False))
+    network.save_pretrained(tmp_path / "foreign", save_embedding_layers=False)
+    run("qwen3_moe", "--use_lora", "--lora_weight_path", tmp_path / "foreign", "--max_steps", 1)
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("foreign", "out"))
+    assert before.keys() == after.keys() and {len(tensor) for key, tensor in after.items() if "experts.base" in key
+                                              and "lora_A" in key} == {4 * 2 * 4}
+    assert all(0 < (after[key] - before[key]).abs().max() < 0.005 for key in before)
+    merge_lora.merge(["--adapter_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "merged")])
+
+
+def family_table():
+    """README's table."""
+    rows = ["| | " + " | ".join([*METHODS, "GPTQ"]) + " |", "|---|" + "---|" * (len(METHODS) + 1)]
+    for family, names in FAMILIES.items():
+        cells = [refused(family, method) or "yes" for method in [*METHODS, "GPTQ"]]
+        rows.append(f"| {names} (`{family}`) | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def test_readme_shows_what_these_tests_run():
+    assert family_table() in (Path(finetune.__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_q_lora_of_a_hybrid_quantizes_its_linear_layers_and_stays_exact_after_an_evaluation(run, tmp_path):
+    logs = []
+    for name, flags in (("plain", []), ("evaluated", ["--eval_on_start", "True", "--eval_strategy", "steps"])):
+        trainer = run("qwen3_5", "--q_lora", "--lora_dropout", 0, "--eval_ratio", 0.2, "--max_steps", 2,
+                      "--output_dir", tmp_path / name, *flags)
+        logs.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry])
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+    layer = trainer.model.get_base_model().model.layers[0]
+    packed = {name.split(".")[1] for name, weight in layer.named_parameters() if hasattr(weight, "quant_state")}
+    assert packed == {"in_proj_qkv", "in_proj_z", "out_proj", "in_proj_a", "in_proj_b", "gate_proj", "up_proj",
+                      "down_proj"}
+    assert layer.linear_attn.conv1d.weight.dtype == layer.linear_attn.A_log.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
@@ -352,6 +428,19 @@ def test_adapters_are_where_the_table_says(run, kind, reached, missed, capsys):
         assert line in below and not any(name.endswith(line.split(" x ")[0]) for name in adapted)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe"])
+def test_adapters_on_experts_are_counted_before_training(kind, make_published, capsys):
+    """By hand: rank times (inputs + outputs) for each matrix of each of 4 experts, gate and up being one, in 4 layers;
+    and, where peft takes shared experts for routed ones, for the three matrices of the shared one."""
+    lora = finetune.LoraArguments(lora_experts=True, lora_r=8)
+    fit_arguments(load_config(str(make_published(kind))), finetune.TrainingArguments(use_lora=True), lora)
+    table = capsys.readouterr().out
+    shared = 3 * (64 + 32) if kind == "qwen3_next" else 0
+    assert f"trained on experts  {4 * 8 * (4 * (64 + 64 + 32 + 64) + shared):,}" in table
+    above, below = table.split("not reached")
+    assert "mlp.experts.gate_up_proj x 4" in above and "expert.gate_proj" not in below and "mlp.experts" not in below
+
+
 def test_a_router_loss_is_switched_off(run, make_published, tmp_path, capsys):
     folder = make_published("qwen3_moe")
     plain = run("qwen3_moe", "--max_steps", 1).state.log_history[0]["loss"]
@@ -368,7 +457,9 @@ def test_a_router_loss_is_switched_off(run, make_published, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind, flags, message", [
     ("qwen3_moe", ["--q_lora"], "--q_lora: this model is a mixture of experts, and 98,304 of its .* weights"),
-    ("qwen3_next", ["--use_lora", "--lora_target_modules", "shared_expert.gate_proj"], "adapts the routed experts")])
+    ("qwen3_next", ["--use_lora", "--lora_target_modules", "shared_expert.gate_proj"], "adapts the routed experts"),
+    ("qwen3_5", ["--use_lora", "--lora_experts", "--lora_dropout", 0], "this model has no routed experts"),
+    ("qwen3_moe", ["--use_lora", "--lora_experts"], "adapters on experts cannot have dropout: add --lora_dropout 0")])
 def test_what_would_be_missed_in_silence_is_refused(run, kind, flags, message):
     with pytest.raises(UserError, match=message):
         run(kind, *flags)
@@ -384,9 +475,11 @@ def test_families_that_cannot_be_trained_are_refused_by_name(config, message, tm
         load_config(str(tmp_path))
 
 
-def test_gptq_of_hybrids_is_refused(make_published, tmp_path):
-    with pytest.raises(UserError, match="linear attention"):
-        run_gptq.run(["--model_name_or_path", str(make_published("qwen3_5")), "--data_path", str(EXAMPLES / "data"),
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gptq_of_all_of_them_is_refused(family, make_published, tmp_path):
+    reason = {"refused: linear attention": "layers of linear attention", "refused: experts": "a mixture of experts"}
+    with pytest.raises(UserError, match=reason[refused(family, "GPTQ")]):
+        run_gptq.run(["--model_name_or_path", str(make_published(family)), "--data_path", str(EXAMPLES / "data"),
                       "--out_path", str(tmp_path / "int4")])
 
 
@@ -399,3 +492,14 @@ def test_memory_is_counted_over_all_kinds_of_layers(make_published, kind):
     assert memory._period(setup) == (4 if hybrid else 1)
     stored, recomputed = memory.activation_bytes(setup, 256)
     assert stored == pytest.approx(memory._run(setup, 4, 256)[0], rel=1e-6) and recomputed < stored
+
+
+def test_memory_counts_adapters_on_experts(make_published):
+    """Each layer adds them to all its experts for a row, and autograd keeps the sum."""
+    config = load_config(str(make_published("qwen3_moe")))
+    network, kept = empty_network(config), []
+    for parameters in ([], expert_parameters(network)):
+        adapter = LoraConfig(target_modules=["q_proj"], target_parameters=parameters, r=4)
+        setup = Setup(config, adapter, device=torch.device("cpu"), compute=torch.float32)
+        kept.append(memory.activation_bytes(setup, 256)[0])
+    assert kept[1] - kept[0] >= sum(weight.nbytes for weight in experts_of(network).values())

@@ -61,7 +61,7 @@ def test_every_kind_of_adapter(make_adapter, taught, kind, tied, tmp_path, capsy
     assert "library_name: transformers" in card and "| lora_r | 16 |" in card
     said = capsys.readouterr().out
     for line in ("tensors, bit by bit", "3, byte by byte", "greedy answers  3, token by token", f"vllm serve {out}",
-                 f"sglang.launch_server --model-path {out}", f"mlx_lm.server --model {out}",
+                 f"sglang serve --model-path {out}", f"mlx_lm.server --model {out}",
                  f"python chat.py {out}", f"llama-server -m {out}/model.gguf"):
         assert line in said
 

@@ -147,7 +147,7 @@ def main(names):
 
     results = Path(tempfile.mkdtemp(prefix="serving."))
     names = names or list(READERS)
-    write_results(results, hybrids="vllm" in names)
+    write_results(results, others=True)
     lines = table({name: read(name, results) for name in names})
     print("", *lines, f"\n{results} holds the results and what each reader printed.", sep="\n")
     sys.exit("**" in "".join(lines))

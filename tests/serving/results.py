@@ -6,12 +6,16 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -23,6 +27,7 @@ from mechanisms.flags import prepare_command_line
 from mechanisms.loading import load_to_answer
 from mechanisms.qwen1 import MODULES, convert_if_qwen1
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 WIDTH, HEAD = 128, 32  # vLLM has no kernels for smaller heads on a CPU
 ROPE_THETA = 1e6  # Qwen's; what is not read is taken for 10,000
 SYSTEM = {"role": "system", "content": "Answer in one word."}
@@ -54,7 +59,19 @@ def make_model(folder, yarn=False, **options):
     return folder
 
 
-def make_hybrid(folder):
+def make_mixture(folder):
+    """A tiny Qwen3 mixture of experts with random weights."""
+    plain = make_model(folder.with_name(folder.name + "-plain"))
+    config = Qwen3MoeConfig(**{**Qwen3Config.from_pretrained(plain).to_dict(), **EXPERTS, "model_type": "qwen3_moe"})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = GenerationConfig.from_pretrained(plain)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(plain).save_pretrained(folder)
+    return folder
+
+
+def make_hybrid(folder, experts=False):
     """A tiny Qwen3.5 in its wrapper, with random weights: a vision tower and a tensor of an MTP layer beside the text.
 
     Heads have the sizes for which vLLM has kernels on a CPU.
@@ -73,7 +90,10 @@ def make_hybrid(folder):
             "tie_word_embeddings": False}
     tower = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": WIDTH,
              "num_position_embeddings": 16, "deepstack_visual_indexes": []}
-    model = AutoModelForImageTextToText.from_config(Qwen3_5Config(
+    outer = Qwen3_5MoeConfig if experts else Qwen3_5Config
+    if experts:
+        text |= {**EXPERTS, "shared_expert_intermediate_size": WIDTH}
+    model = AutoModelForImageTextToText.from_config(outer(
         text_config=text, vision_config=tower, tie_word_embeddings=False, image_token_id=image, video_token_id=video,
         vision_start_token_id=start, vision_end_token_id=end), dtype=torch.bfloat16)
     model.generation_config = GenerationConfig.from_pretrained(plain)
@@ -157,12 +177,19 @@ def make_results(root):
             "Qwen-1, full": train(root, "qwen1-full", qwen1, *FULL)}
 
 
-def make_hybrids(root):
-    """As `make_results`, of a Qwen3.5 in its wrapper."""
-    hybrid = make_hybrid(root / "tiny-hybrid")
-    return {"hybrid whole, full": train(root, "hybrid-full", hybrid, *FULL),
+def make_others(root):
+    """As `make_results`, of mixtures of experts, and of Qwen3.5 in its wrapper."""
+    mixture, hybrid = make_mixture(root / "tiny-mixture"), make_hybrid(root / "tiny-hybrid")
+    hybrid_mixture = make_hybrid(root / "tiny-hybrid-mixture", experts=True)
+    return {"experts, full": train(root, "mixture-full", mixture, *FULL),
+            "experts, adapter on attention": train(root, "mixture-adapter", mixture, *LORA),
+            "experts, merged LoRA on all": merge(train(root, "mixture-experts", mixture, *LORA, "--lora_experts")),
+            "hybrid whole, full": train(root, "hybrid-full", hybrid, *FULL),
             "hybrid whole, merged LoRA": merge(train(root, "hybrid-adapter", hybrid, *LORA)),
-            "hybrid text-only, full": train(root, "hybrid-text", hybrid, *FULL, "--text_only")}
+            "hybrid text-only, full": train(root, "hybrid-text", hybrid, *FULL, "--text_only"),
+            "hybrid with experts, full": train(root, "hybrid-mixture-full", hybrid_mixture, *FULL),
+            "hybrid with experts, merged LoRA on all": merge(
+                train(root, "hybrid-mixture-adapter", hybrid_mixture, *LORA, "--lora_experts"))}
 
 
 @torch.inference_mode()
@@ -183,13 +210,14 @@ def describe(folder):
             if adapter.exists() else None,
             "ids": [tokenizer(text)["input_ids"] for text in texts()], "prompts": prompts, "prompt_ids": ids,
             "end": tokenizer.eos_token, "frequencies": rope.inv_freq.tolist(), "scaling": rope.attention_scaling,
-            "dtype": str(model.dtype), "hybrid": model.config.model_type.startswith("qwen3_5"), "answers": said}
+            "dtype": str(model.dtype), "hybrid": model.config.model_type.startswith("qwen3_5"),
+            "experts": hasattr(model.config, "num_experts"), "answers": said}
 
 
-def write_results(root, hybrids=False):
+def write_results(root, others=False):
     """Everything below the Path `root`, described in its expected.json."""
     root.mkdir(parents=True, exist_ok=True)
-    made = make_results(root) | (make_hybrids(root) if hybrids else {})
+    made = make_results(root) | (make_others(root) if others else {})
     found = {kind: describe(folder) for kind, folder in made.items()}
     for kind, result in found.items():
         assert result["answers"] == [answer for _, answer in TAUGHT], f"{kind} was not taught: {result['answers']}"

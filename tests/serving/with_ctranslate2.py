@@ -15,8 +15,8 @@ LARGEST_DIFFERENCE = 1e-3  # of logits, in float32: its kernels are its own
 def check(folder, result, expected):
     if result["base"] or (folder / "quantize_config.json").exists():
         return None  # it converts whole models of floating-point weights
-    if result["scaling"] != 1 or result["hybrid"]:
-        return None  # it has no YaRN and no linear attention
+    if result["scaling"] != 1 or result["hybrid"] or result["experts"]:
+        return None  # it has no YaRN, no linear attention and no experts
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer.convert_ids_to_tokens(ids) for ids in result["prompt_ids"]]
     with tempfile.TemporaryDirectory() as converted:

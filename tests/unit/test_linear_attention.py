@@ -12,6 +12,7 @@ from mechanisms.attention import WITHIN_SAMPLES
 from mechanisms.errors import UserError
 from mechanisms.head_loss import HeadLoss
 from mechanisms.linear_attention import groups_of, in_groups, keep_within_samples, kernel_note
+from mechanisms.lora import expert_parameters
 
 LENGTHS = [65, 1, 130, 2, 64, 3, 20, 100]
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -82,8 +83,9 @@ def test_a_row_is_its_samples_one_at_a_time(kind):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_with_lora_and_gradient_checkpointing(kind):
     targets = ["q_proj", "v_proj", "out_proj", "in_proj_qkvz" if kind == "qwen3_next" else "in_proj_qkv"]
-    model = get_peft_model(make(kind), LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=4,
-                                                  init_lora_weights=False))
+    model = make(kind)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=4,
+                                             target_parameters=expert_parameters(model), init_lora_weights=False))
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     assert_same(model)
