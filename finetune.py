@@ -36,7 +36,18 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mechanisms import checkpoints, console, dry_run, facts, fitting, frugal, strategies, summary, trials
+from mechanisms import (
+    checkpoints,
+    console,
+    dry_run,
+    facts,
+    fitting,
+    frugal,
+    sample_answers,
+    strategies,
+    summary,
+    trials,
+)
 from mechanisms.attention import best_attention
 from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
@@ -67,6 +78,7 @@ from mechanisms.lora import (
     start_from_weights,
 )
 from mechanisms.qwen1 import convert_if_qwen1
+from mechanisms.report import Report
 from mechanisms.strategies import choose_precision, compute_dtype, memory_setup
 from mechanisms.tokenizer import load_tokenizer, set_default_mode
 from mechanisms.trainer import SafeTrainer
@@ -148,6 +160,12 @@ class TrainingArguments(transformers.TrainingArguments):
         "help": "Of a model with a vision tower, save the text part alone. Else the result is the whole of it again."})
     eval_strategy: transformers.IntervalStrategy | str = field(
         default="no", metadata={"help": "When to evaluate: every --eval_steps, after each epoch, or only at the end."})
+    early_stopping: int = field(default=None, metadata={
+        "help": "Stop after so many evaluations in a row without a lower loss."})
+    sample_prompts: str = field(default=None, metadata={
+        "help": "Questions that the model answers in report.html before training, at each evaluation and at the end: a "
+                "file with one on each line. Default: three of the evaluation data. none: no answers.",
+        "metavar": "FILE", "exists": "file"})
     deepspeed: dict | str | None = field(default=None, metadata={
         "help": "Config for DeepSpeed: a file, or one of the ds_config_*.json beside finetune.py. none: no DeepSpeed.",
         "metavar": "FILE", "exists": "deepspeed"})
@@ -519,11 +537,11 @@ def train(argv):
     arguments = parse_arguments(argv)
     strategies.join_ranks(arguments[2])
     with strategies.on_first_rank(only_run_in(arguments[2].output_dir)):
-        return run(*arguments)
+        return run(*arguments, command=argv)
 
 
-def run(model_args, data_args, training_args, lora_args):
-    """`train` from its arguments, alone in the output folder."""
+def run(model_args, data_args, training_args, lora_args, command):
+    """`train` from its arguments, alone in the output folder. command: the words that they come from."""
     arguments = model_args, data_args, training_args, lora_args
     if training_args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
@@ -561,7 +579,8 @@ def run(model_args, data_args, training_args, lora_args):
         moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
         say(*[f"note: {line}" for line in moved])
 
-    if training_args.auto_checkpointing or plan.setup.frugal:
+    questions = sample_answers.questions(training_args.sample_prompts, tokenizer, eval_dataset, data_args.system)
+    if training_args.auto_checkpointing and plan.checkpointing or plan.setup.frugal:
         say(f"note: {why}")
     published_dtype = config.dtype
     wrapped = is_wrapped(model_args.model_name_or_path, training_args.cache_dir)
@@ -575,7 +594,8 @@ def run(model_args, data_args, training_args, lora_args):
                 model = add_adapter(model, adapter, training_args, lora_args)
         if plan.checkpointing and training_args.use_lora:
             model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
-        say(*summary.before_training(model, training_args, lora_args, train_dataset))
+        training = summary.before_training(model, training_args, lora_args, train_dataset)
+        say(*training)
 
         if training_args.dry_run:
             train_dataset, eval_dataset = dry_run.shorten(training_args, train_dataset, eval_dataset)
@@ -583,6 +603,8 @@ def run(model_args, data_args, training_args, lora_args):
             model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
             optimizer_cls_and_kwargs=frugal.optimizer(training_args) if plan.setup.frugal else None,
+            report=None if training_args.dry_run else Report(
+                summary.about(command, arguments, reports, training), questions),
             card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped),
             wrapper=Wrapper(model_args.model_name_or_path, training_args.cache_dir) if whole else None)
         if training_args.dry_run:
@@ -593,6 +615,7 @@ def run(model_args, data_args, training_args, lora_args):
         asked = training_args.save_dtype
         trainer.convert(published_dtype if asked == "auto" else getattr(torch, asked))
     trainer.save_result()
+    trainer.report.end("finished")
     say(*summary.after_training(trainer, result, evaluated, prompt_note, wrapped))
     return trainer
 

@@ -18,7 +18,7 @@ from mechanisms.summary import items_per_step, step_count
 MAY_CHANGE = frozenset("""
     output_dir cache_dir resume_from_checkpoint lazy_preprocess skip_bad_rows
     do_train do_eval eval_data_path eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
-    load_best_model_at_end metric_for_best_model greater_is_better
+    load_best_model_at_end metric_for_best_model greater_is_better early_stopping sample_prompts
     logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm
     report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug
     save_dtype save_strategy save_steps save_total_limit save_only_model text_only save_on_each_node

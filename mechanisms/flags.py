@@ -4,7 +4,7 @@ Importing torch, transformers and peft takes about ten seconds, too long to lear
 a file that is not there. declarations.py knows the flags without that.
 
 Beside what argparse knows, the metadata of a field may say:
-  "exists": what its value has to name: "data", "model", "deepspeed" or "checkpoint", see `_not_there`
+  "exists": what its value has to name: "data", "model", "deepspeed", "checkpoint" or "file", see `_not_there`
   "missing": it has to be given although it has a default; the text says what is asked for
   "hidden": it has no effect, and `--help` leaves it out
 """
@@ -349,4 +349,6 @@ def _not_there(entry):
     if value and (kind == "model" and not os.path.isdir(value) and not could_be_on_the_hub(value)
                   or kind == "checkpoint" and not os.path.isdir(value) and value.lower() not in ("true", "false")):
         return [f"{entry} {value}: no such folder"]
+    if kind == "file" and not os.path.isfile(value) and value.lower() != "none":
+        return [f"{entry} {value}: no such file"]
     return []

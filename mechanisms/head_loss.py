@@ -23,10 +23,11 @@ class SummedCrossEntropy(torch.autograd.Function):
     Shapes: hidden (n, hidden size), weight (vocabulary, hidden size), bias (vocabulary) or None, targets (n) int64,
     rows (k) int64 or None and values (k, hidden size): rows of the weight and what stands there instead. The result is
     a scalar in fp32. Matrices are multiplied in the precision of autocast, or else of `hidden`; sums are kept in fp32.
+    each, (n) in fp32 or None, is filled with the cross entropy of each target, without smoothing.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, values, targets, smoothing):
+    def forward(ctx, hidden, weight, bias, rows, values, targets, smoothing, each=None):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         empty = torch.empty_like if len(hidden) else torch.zeros_like
@@ -48,13 +49,16 @@ class SummedCrossEntropy(torch.autograd.Function):
                     logits[:, rows] = (states @ values.T).float()
                 if bias is not None:
                     logits += bias
-                loss -= (1 - smoothing) * logits.gather(1, wanted).sum()
+                of_wanted = logits.gather(1, wanted)
+                loss -= (1 - smoothing) * of_wanted.sum()
                 if smoothing:
                     loss -= smoothing * logits.mean(-1).sum()
                 highest = logits.amax(-1, keepdim=True)
                 exponentials = logits.sub_(highest).exp_()
                 total = exponentials.sum(-1, keepdim=True)
                 loss += (total.log() + highest).sum()
+                if each is not None:
+                    each[chunk] = (total.log() + highest - of_wanted)[:, 0]
                 if not any(ctx.needs_input_grad):
                     continue
                 error = exponentials.div_(total)  # the gradient of the logits: probabilities ...
@@ -82,7 +86,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):
         # fp16: the gradients are those of the unscaled sum, well inside its range; the scale comes only here.
         grads, ctx.grads = ctx.grads, None
-        return *(None if grad is None else grad.mul_(scale) for grad in grads), None, None
+        return *(None if grad is None else grad.mul_(scale) for grad in grads), None, None, None
 
 
 def _product(left, right, out, add=False):
@@ -133,7 +137,7 @@ class HeadLoss:
     def __init__(self, model, label_smoothing=0.0):
         head, self.linear = output_linear(model)
         self.tokens = None if head is self.linear else head
-        self.smoothing, self.targets = label_smoothing, None
+        self.smoothing, self.targets, self.each = label_smoothing, None, None
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         plain = head.forward
 
@@ -150,16 +154,19 @@ class HeadLoss:
             rows = torch.tensor(self.tokens.token_indices[name], device=hidden.device)
             values = self.tokens.trainable_tokens_delta[name]
         return SummedCrossEntropy.apply(hidden.flatten(0, 1), self.linear.weight, self.linear.bias, rows, values,
-                                        self.targets.flatten(), self.smoothing)
+                                        self.targets.flatten(), self.smoothing, self.each)
 
     @contextlib.contextmanager
-    def computing(self, targets):
-        """While the model is called once on the batch that has these targets, int64 (1, n)."""
-        self.targets, self.model.loss_function = targets, mean
+    def computing(self, targets, each=None):
+        """While the model is called once on the batch that has these targets, int64 (1, n).
+
+        each: (n) in fp32, filled with their losses, or None.
+        """
+        self.targets, self.each, self.model.loss_function = targets, each, mean
         try:
             yield
         finally:
-            self.targets = None
+            self.targets = self.each = None
             del self.model._loss_function
 
 

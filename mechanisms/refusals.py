@@ -89,7 +89,8 @@ REFUSED = (
 LIMITS = (
     (operator.ge, "at least", 1,
      "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps model_max_length lora_r "
-     "lora_alpha save_total_limit torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb dataloader_prefetch_factor"),
+     "lora_alpha save_total_limit early_stopping torch_empty_cache_steps ddp_timeout ddp_bucket_cap_mb "
+     "dataloader_prefetch_factor"),
     (operator.gt, "more than", 0, "num_train_epochs logging_steps save_steps eval_steps loss_spike_factor"),
     (operator.ge, "at least", 0,
      "learning_rate weight_decay warmup_steps max_grad_norm adam_epsilon adam_beta1 adam_beta2 label_smoothing_factor "
@@ -104,6 +105,7 @@ NEEDS = {
     "eval_on_start": ("--eval_data_path", "--eval_ratio"),
     "eval_steps": ("--eval_strategy steps",),
     "eval_delay": ("--eval_strategy",),
+    "early_stopping": ("--eval_strategy",),
     "load_best_model_at_end": ("--eval_strategy",),
     "metric_for_best_model": ("--eval_strategy",),
     "run_name": ("--report_to",),

@@ -1,4 +1,4 @@
-"""A signal or a file asks a run to save or to stop: all ranks agree on it at the end of a step."""
+"""What ends a run before its last step: a signal or a file that asks for it, or an eval loss that gets no better."""
 
 import contextlib
 import os
@@ -72,3 +72,21 @@ class SaveOnRequest(TrainerCallback):
             torch.distributed.all_reduce(strongest, torch.distributed.ReduceOp.MAX)
             request = strongest.item()
         return request
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops after --early_stopping evaluations in a row without a lower loss than before.
+
+    transformers' own counts them in itself, and a resumed run would begin to count anew; here they are read off the
+    history, which is in every checkpoint.
+    """
+
+    def look(self, args, state, control, **kwargs):
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry and "result" not in entry]
+        since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        if since_best >= args.early_stopping and not control.should_training_stop:
+            control.should_training_stop = True
+            control.should_save |= args.save_strategy != "no" and state.global_step > 0
+            say(f"Stopped early: {since_best} evaluations without an eval loss below {min(losses):.4f}")
+
+    on_train_begin = on_evaluate = look

@@ -1,15 +1,21 @@
 """What a run says of itself: before the first step, at the end, and in the model card."""
 
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
+import platform
 import shlex
 
 from mechanisms.console import table
 from mechanisms.gptq import packed_weights
 from mechanisms.paths import source_name
+from mechanisms.report_page import About
 from mechanisms.serving import IGNORED, adapter_hint
 from mechanisms.strategies import strategy_name
+
+LIBRARIES = "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "gptqmodel"
 
 
 def method_name(training_args, lora_args):
@@ -56,6 +62,21 @@ def before_training(model, training_args, lora_args, dataset):
         ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),
         *_per_step(training_args, dataset),
         ("steps", step_count(training_args, dataset))]), ""]
+
+
+def about(command, arguments, reports, training):
+    """-> `report_page.About` of a run.
+
+    command: the words after finetune.py; reports: {"train": DataReport, ...}; training: lines of `before_training`.
+    """
+    model_args, _, training_args, lora_args = arguments
+    out = os.path.basename(os.path.abspath(training_args.output_dir))
+    method = f"{method_name(training_args, lora_args)} fine-tuning of {source_name(model_args.model_name_or_path)}"
+    versions = [(name, importlib.metadata.version(name)) for name in LIBRARIES if importlib.util.find_spec(name)]
+    data = {f"Data ({name})": "\n".join(report.lines("")[1:]) for name, report in reports.items()}
+    return About(out, method, shlex.join(["python", "finetune.py", *command]), {
+        training[0].rstrip(":"): training[1], **data,
+        "Versions": table([("python", platform.python_version()), *versions])})
 
 
 def _per_step(training_args, dataset):

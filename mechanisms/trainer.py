@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import time
 
 import numpy as np
 import torch
@@ -26,10 +25,12 @@ from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
 from mechanisms.finite import CollateNumbered, NotFinite, Numbered, SpikeWatch, all_finite, lost_where_not_finite
 from mechanisms.head_loss import HeadLoss, output_linear, smoothed
+from mechanisms.held_out import RecordLosses, short_names
 from mechanisms.loading import load_weights
 from mechanisms.lock import check_still_mine
 from mechanisms.paths import checkpoints_in, flush, size_of
-from mechanisms.stopping import SaveOnRequest
+from mechanisms.progress import Pace, ProgressBar, ProgressLines
+from mechanisms.stopping import EarlyStopping, SaveOnRequest
 from mechanisms.strategies import by_first_rank
 from mechanisms.summary import parameter_count
 
@@ -67,11 +68,12 @@ class SafeTrainer(Trainer):
         card: text of the model card that goes into every checkpoint and the result.
         wrapper: the `mechanisms.wrapper.Wrapper` that the result gets around it, or None. Checkpoints hold the text
             part alone, which is what a run resumes from.
+        report: the `mechanisms.report.Report` that shows the run, or None.
     """
 
-    def __init__(self, *args, run, card, wrapper=None, **kwargs):
+    def __init__(self, *args, run, card, wrapper=None, report=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run, self.card, self.wrapper = run, card, wrapper
+        self.run, self.card, self.wrapper, self.report = run, card, wrapper, report
         self.data_collator = CollateNumbered(self.data_collator)
         self.tokens_here = 0  # of this rank, not yet in the Trainer's state
         self.step_batches = []  # of the step being made: (numbers of the items, loss) of each batch
@@ -93,7 +95,14 @@ class SafeTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(LogLastStep)
-        self.add_callback(SaveOnRequest)
+        if self.args.early_stopping:
+            self.add_callback(EarlyStopping)
+        if report:
+            report.trainer = self
+            self.add_callback(report)
+        self.pace = Pace()  # after the report, whose sample answers are not training
+        self.add_callback(self.pace)
+        self.add_callback(SaveOnRequest)  # the last to know of a checkpoint, as it may end the program
         self.add_callback(ProgressLines if self.args.disable_tqdm else ProgressBar)
 
     def _build_accelerator_args(self, **kwargs):
@@ -104,12 +113,22 @@ class SafeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
-            num_items_in_batch = None  # in evaluation too Trainer counts those of all ranks; the mean is of this row
+            return self._evaluation_loss(model, inputs, return_outputs)
         with self.head_loss.computing(inputs["shift_labels"]) if self.head_loss else contextlib.nullcontext():
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model.training:
-            lost_where_not_finite(loss)
+        lost_where_not_finite(loss)
         return loss
+
+    def _evaluation_loss(self, model, inputs, return_outputs):
+        """The mean of this row (in evaluation too Trainer counts the items of all ranks). Sets `token_losses`."""
+        targets = inputs["shift_labels"]
+        self.token_losses = torch.empty(targets.numel(), device=targets.device)
+        with self.head_loss.computing(targets, self.token_losses) if self.head_loss else contextlib.nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, True)
+        if not self.head_loss:
+            self.token_losses = torch.nn.functional.cross_entropy(outputs["logits"].flatten(0, 1).float(),
+                                                                  targets.flatten(), reduction="none")
+        return (loss, outputs) if return_outputs else loss
 
     def get_train_dataloader(self):
         return self._get_dataloader(
@@ -117,7 +136,11 @@ class SafeTrainer(Trainer):
             is_training=True)
 
     def train(self, resume_from_checkpoint=None):
-        with self._loading(resume_from_checkpoint) if resume_from_checkpoint else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.report:
+                stack.enter_context(self.report.following())
+            if resume_from_checkpoint:
+                stack.enter_context(self._loading(resume_from_checkpoint))
             return super().train(resume_from_checkpoint)
 
     def _loading(self, checkpoint):
@@ -179,6 +202,8 @@ class SafeTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         self._add_tokens()
+        if "loss" in logs:
+            logs |= self.pace.measure(self.args, self.state)
         super().log(logs, start_time)
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -250,12 +275,16 @@ class SafeTrainer(Trainer):
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The loss is the mean over all predicted tokens, however the samples fall into batches and onto ranks."""
         self.evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        records = self.record_losses
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         if not math.isfinite(loss):
             raise NotFinite(f"the loss in evaluation is NaN or infinite ({loss})", self.state.global_step,
                             self._get_learning_rate())
+        self.hardest, files = records.end()
+        names = short_names(files) if len(files) > 1 else {}
+        output.metrics.update({f"{metric_key_prefix}_loss_{name}": files[file] for file, name in names.items()})
         return output
 
     def evaluate_result(self):
@@ -266,19 +295,23 @@ class SafeTrainer(Trainer):
         return self.evaluate()
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        tokens = inputs["shift_labels"].numel()
+        inputs = dict(inputs)
+        numbers, tokens = inputs.pop("numbers"), inputs["shift_labels"].numel()
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        self.record_losses.add(numbers, inputs, self.token_losses)
         self.evaluated += torch.stack([loss * tokens, torch.full_like(loss, tokens)])
         return loss, logits, labels
 
     def get_eval_dataloader(self, eval_dataset=None):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(FullBatches(dataset, self.args.eval_batch_size * self.args.world_size))
+        self.record_losses = RecordLosses(dataset)
+        return super().get_eval_dataloader(
+            Numbered(FullBatches(dataset, self.args.eval_batch_size * self.args.world_size)))
 
     def _run_epoch(self, *args, **kwargs):
         # Resumed from its last checkpoint, a finished run would be trained one step too many: Trainer looks whether
-        # max_steps is reached after a step only. Can go when it looks before.
-        if self.state.global_step >= self.state.max_steps:
+        # max_steps is reached, or a callback wants to stop, after a step only. Can go when it looks before.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -468,46 +501,3 @@ def why_not_written(error):
     if "PytorchStreamWriter failed writing" in words or "unexpected pos" in words or "(os error " in words:
         return first_line(words)
     return None
-
-
-def _duration(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _line(logs, state):
-    """A log entry of Trainer as one line."""
-    parts = [f"step {state.global_step}/{state.max_steps}"]
-    if "epoch" in logs:
-        parts.append(f"epoch {logs['epoch']:.2f}")
-    for key, name, form in (("loss", "loss", ".4f"), ("eval_loss", "eval_loss", ".4f"),
-                            ("grad_norm", "grad_norm", ".4g"), ("learning_rate", "lr", ".3g"),
-                            ("train_tokens_per_second", "tokens/s", ",.0f")):
-        if key in logs:
-            parts.append(f"{name} {logs[key]:{form}}")
-    return "  ".join(parts)
-
-
-class ProgressBar(ProgressCallback):
-    """Trainer's own bar, with one readable line per log entry above it."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and ("loss" in logs or "eval_loss" in logs):
-            self.training_bar.write(_line(logs, state))
-
-
-class ProgressLines(TrainerCallback):
-    """One line per log entry with the time left, for output that goes to a file."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.first_step = time.time(), state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
-            line = _line(logs, state)
-            done = state.global_step - self.first_step
-            if done:
-                left = (time.time() - self.start) / done * (state.max_steps - state.global_step)
-                line += f"  left {_duration(left)}"
-            print(line, flush=True)
