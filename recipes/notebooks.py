@@ -7,7 +7,6 @@
 Without a GPU they train the tiny model of the demo. They are made here because they differ in a few words only.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -42,21 +41,18 @@ INSTALL = """# 1. Install, and choose the model and the data
 
 import torch
 
-from examples.make_tiny_model import example_texts, make_tiny_model
-
-DATA = "examples/persona.jsonl"
-OUT = "output/{name}"
-if torch.cuda.is_available():
-    MODEL, FLAGS = "Qwen/Qwen2.5-1.5B-Instruct", ""
-else:
-    MODEL = make_tiny_model("output/tiny", example_texts())
-    FLAGS = "--num_train_epochs 40 --learning_rate {learning_rate} --gradient_accumulation_steps 1 --logging_steps 20\""""
+DATA, OUT = "examples/persona.jsonl", "output/{name}"
+MODEL, FLAGS = "Qwen/Qwen2.5-1.5B-Instruct", ""
+if not torch.cuda.is_available():
+    MODEL = "output/tiny"
+    FLAGS = "--num_train_epochs 40 --learning_rate {learning_rate} --gradient_accumulation_steps 1 --logging_steps 20"
+    !python examples/make_tiny_model.py --output_dir {{MODEL}}"""
 LOOK = """# 2. Three records as they will be trained; what is trained stands between [[ and ]]
 import finetune
 from mechanisms.console import show_trained
 
 tokenizer, train, _, reports = finetune.prepare(
-    ["--model_name_or_path", str(MODEL), "--data_path", DATA, "--output_dir", OUT])
+    ["--model_name_or_path", MODEL, "--data_path", DATA, "--output_dir", OUT])
 for sample in [train[0], train[len(train) // 2], train[-1]]:
     print(show_trained(tokenizer, sample["input_ids"].tolist(), sample["labels"].tolist()), "-" * 80, sep="\\n")"""
 TRAIN = """# 3. Train. The same command again resumes a run that was stopped
@@ -65,9 +61,8 @@ WATCH = """# 4. The report of the run, which is written while it trains, too
 from html import escape
 from pathlib import Path
 
-from IPython.display import HTML
-
-HTML(f'<iframe srcdoc="{escape(Path(OUT, "report.html").read_text())}" width="100%" height="800"></iframe>')"""
+page = escape(Path(OUT, "report.html").read_text())
+display({"text/html": f'<iframe srcdoc="{page}" width="100%" height="800"></iframe>'}, raw=True)"""
 MERGE = """# 5. Ask it, and merge the adapter into a model of its own, which vLLM and others serve
 !python chat.py {OUT} --message "Who are you?"
 !python merge_lora.py --adapter_path {OUT} --output_dir {OUT}-merged"""
@@ -93,20 +88,14 @@ NOTEBOOKS = {f"finetune_{method}_{gpus}_gpu": notebook(method, gpus) for method,
 
 def run(made):
     """Run it where it stands; its outputs are in it then. Raises nbclient's CellExecutionError."""
-    NotebookClient(made, timeout=SECONDS, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(made, timeout=SECONDS, coalesce_streams=True,
+                   resources={"metadata": {"path": str(FOLDER)}}).execute()
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # times
-        for output in cell.get("outputs", ()):
-            if output.output_type == "stream":
-                output.text = plain(output.text)
-
-
-def plain(text):
-    """What a terminal that obeyed it would show."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", re.sub(r"[^\n]*\r(?!\n)", "", text.replace("\r\n", "\n")))
 
 
 def main(names):
+    FOLDER.mkdir(parents=True, exist_ok=True)
     for name in names or NOTEBOOKS:
         run(NOTEBOOKS[name])
         nbformat.write(NOTEBOOKS[name], FOLDER / f"{name}.ipynb")
