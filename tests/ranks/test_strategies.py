@@ -1,6 +1,6 @@
 """Every method under every strategy, for real: two gloo ranks, and the numbers of one process.
 
-The matrix in README.md is the one that this file runs (`test_readme_shows_this_matrix`).
+The matrix in docs/gpus.md is the one that this file runs (`test_the_page_shows_this_matrix`).
 """
 
 import json
@@ -177,7 +177,7 @@ def test_another_run_is_not_resumed(matrix, strategy, cell, flag, line):
 
 
 def matrix_table():
-    """README's table."""
+    """The table of docs/gpus.md."""
     rows = ["| | " + " | ".join(METHODS) + " |", "|---|" + "---|" * len(METHODS)]
     for strategy in STRATEGIES:
         cells = ["refused" if (strategy, method) in REFUSED else "yes" for method in METHODS]
@@ -185,8 +185,8 @@ def matrix_table():
     return "\n".join(rows)
 
 
-def test_readme_shows_this_matrix():
-    assert matrix_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_shows_this_matrix():
+    assert matrix_table() in (ROOT / "docs/gpus.md").read_text(encoding="utf-8")
 
 
 def test_tokens_are_made_once_and_read_by_the_other_ranks(make_model, tmp_path):

@@ -62,7 +62,7 @@ METHODS = {"full": ["--gradient_accumulation_steps", 2, "--packing"], "LoRA": ["
 
 
 def refused(family, method):
-    """What README's table says instead of "yes", or None."""
+    """What the table of docs/models.md says instead of "yes", or None."""
     config = CONFIGS[family]().get_text_config()
     hybrid, experts = hasattr(config, "linear_num_key_heads"), hasattr(config, "num_experts")
     return {"LoRA on experts": None if experts else "has none",
@@ -211,7 +211,7 @@ def test_an_adapter_on_experts_by_their_former_names_is_continued_and_merged(run
 
 
 def family_table():
-    """README's table."""
+    """The table of docs/models.md."""
     rows = ["| | " + " | ".join([*METHODS, "GPTQ"]) + " |", "|---|" + "---|" * (len(METHODS) + 1)]
     for family, names in FAMILIES.items():
         cells = [refused(family, method) or "yes" for method in [*METHODS, "GPTQ"]]
@@ -219,8 +219,8 @@ def family_table():
     return "\n".join(rows)
 
 
-def test_readme_shows_what_these_tests_run():
-    assert family_table() in (Path(finetune.__file__).parent / "README.md").read_text(encoding="utf-8")
+def test_the_page_shows_what_these_tests_run():
+    assert family_table() in (Path(finetune.__file__).parent / "docs/models.md").read_text(encoding="utf-8")
 
 
 def test_q_lora_of_a_hybrid_quantizes_its_linear_layers_and_stays_exact_after_an_evaluation(run, tmp_path):

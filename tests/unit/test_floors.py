@@ -1,4 +1,4 @@
-"""Files stand on floors and import downwards only; the maps in CONTRIBUTING.md and README.md show what is there."""
+"""Files stand on floors and import downwards only; the maps in CONTRIBUTING.md show what is there."""
 
 import ast
 import json
@@ -28,8 +28,8 @@ def read_map():
 
 
 def read_tree():
-    """The files and folders of README.md's tree."""
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files\n\n```\n")[2].partition("```")[0]
+    """The files and folders of the tree in CONTRIBUTING.md."""
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Files\n\n```\n")[2].partition("```")[0]
     paths, parents = [], {0: ""}
     for indent, name in re.findall(r"^( *)(\S+)  +\S", tree, re.MULTILINE):
         paths.append(parents[len(indent)] + name)
@@ -75,7 +75,7 @@ def test_every_file_has_a_floor_and_tests():
         assert (floor == "Programs", floor == "Data") == ("/" not in file, "/data/" in file), file
 
 
-def test_every_file_has_a_line_in_the_readme():
+def test_every_file_has_a_line_in_the_tree():
     tree = read_tree()
     assert len(tree) == len(set(tree)) and all((ROOT / path).exists() for path in tree)
     assert set(tree) >= files("*.py", "*.sh", "ds_config*.json", "finetune/*.sh", "examples/*.py", "examples/*.sh",
