@@ -71,6 +71,7 @@ from mechanisms.compatibility import add_former_names
 from mechanisms.console import say, table
 from mechanisms.errors import first_line
 from mechanisms.loading import LOADING_ERRORS, load_to_answer
+from mechanisms.lora import experts_of
 from mechanisms.paths import check_disk, source_name
 from mechanisms.qwen1 import convert_if_qwen1
 from mechanisms.serving import modelfile, serving_hints
@@ -278,7 +279,7 @@ def verify(folder, reference):
     return [("files", len(os.listdir(folder))), ("weights", f"{len(found)} tensors, bit by bit"), *others,
             ("prompts", f"{len(prompts)}, byte by byte"),
             ("logits", f"within {difference:.1e} of their spread ({allowed(model)})"),
-            ("greedy answers", f"{len(reference.answers)}, token by token")]
+            *([] if experts_of(model) else [("greedy answers", f"{len(reference.answers)}, token by token")])]
 
 
 def check_others(folder, wrapper):
@@ -304,15 +305,20 @@ def missing_files(folder):
 def compare(model, tokenizer, answer):
     """How far the model's logits are from those of a reference `Answer`, in the measure of TOLERANCE.
 
-    Raises UserError if that is too far, or if the model would give another greedy answer.
+    Raises UserError if that is too far, or if a model without experts would give another greedy answer.
     """
     expected, said = answer.logits, answer.ids[0, -len(answer.logits):]
     logits = answer_logits(model, answer.ids, answer.ids.shape[1] - len(said))
     tolerance, spread = TOLERANCE[model.dtype], expected.std()
-    difference = ((logits - expected).square().mean().sqrt() / spread).item()
+    apart = (logits - expected).square().mean(-1).sqrt() / spread
+    # Rounding sends a few tokens to other experts, which answer otherwise; what is wrong is wrong for most tokens.
+    experts = experts_of(model)
+    difference = (apart.median() if experts else apart.square().mean().sqrt()).item()
     if not difference <= tolerance:  # so that NaN fails
         raise UserError(f"its logits are {difference:.1e} of their spread away from those of base and adapter "
                         f"({allowed(model)})")
+    if experts:
+        return difference
     # The model is asked for all tokens at once, each after the right ones before it. Another token than the reference's
     # is no difference where the reference itself had the two so close that rounding decides.
     chosen = logits.argmax(-1)
