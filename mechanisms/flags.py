@@ -128,19 +128,18 @@ def parse_into(classes: Iterable[type], argv: list[str], problems: list[str] | N
     return *made, words
 
 
-def read_values(scripts: Iterable[str], argv: list[str]) -> argparse.Namespace:
-    """What `prepare_command_line` returned -> the values of all flags of the scripts, of which nothing is imported.
+def read_values(script: str, argv: list[str]) -> argparse.Namespace:
+    """What `prepare_command_line` returned -> the values of the flags that a script declares, without importing it.
 
-    Values that are neither text, numbers nor True and False stay as they are written.
+    Values that are neither numbers nor True and False stay text; those that the script inherits are left out.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in [flag for script in scripts for flags in read_flags(script).values() for flag in flags]:
-        if flag.nargs == 0:  # --no_x
-            parser.add_argument(f"--{flag.name}", dest=flag.name.removeprefix("no_"), action="store_false", default=True)
-        else:
-            parser.add_argument(f"--{flag.name}", nargs=flag.nargs, default=flag.default, const=True, type={
+    for flag in [flag for group, flags in read_flags(script).items() if group != TRAINER for flag in flags]:
+        if flag.nargs != 0:
+            const = {"const": True} if flag.nargs == "?" else {}
+            parser.add_argument(f"--{flag.name}", nargs=flag.nargs, default=flag.default, **const, type={
                 "int": int, "float": float, "bool": _truth}.get(flag.type, str))
-    return parser.parse_args(argv)
+    return parser.parse_known_args(argv)[0]
 
 
 def _truth(word):
