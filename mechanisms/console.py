@@ -7,7 +7,6 @@ import time
 
 from tqdm import tqdm
 
-
 # Characters that are not seen, or that move what stands around them: controls, directions, blanks without width, halves
 # of characters, and the invisible letters of "tags". (Joiners are not among them: emoji and some languages need them.)
 INVISIBLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"

@@ -1,7 +1,7 @@
 """The samples of a data set as one page of HTML that needs nothing else.
 
-inspection_page.html has the design, and a script that makes everything out of JSON. Text from data is in that JSON only,
-and becomes text nodes: it cannot be markup. The page's policy forbids any other script, and the network.
+inspection_page.html has the design, and a script that makes everything out of JSON. Text from data is in that JSON
+only, and becomes text nodes: it cannot be markup. The page's policy forbids any other script, and the network.
 """
 
 import base64
@@ -16,28 +16,31 @@ import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mechanisms.data.report import DataReport
-from mechanisms.inspection import Shown, Survey, Viewer, bins
+from mechanisms.inspection import Shown, Survey, Viewer, bins, short_names
 from mechanisms.paths import usual_mode
 
 RECORDS = 200  # on a page
 OF_EACH_KIND = 12  # before the others are drawn by chance
 LARGEST = 1_900_000  # bytes of a page
 TEXT = 2_000  # characters of a record that has no samples
+TOKENS, CUT_TOKENS = 4_000, 100  # of a sample, and behind its cut
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
-def write_page(path: str, viewer: Viewer, surveys: dict[str, Survey], reports: dict[str, DataReport], title: str,
+def write_page(path: str, viewer: Viewer, surveys: dict[str, Survey], reports: dict[str, DataReport], model: str,
                mixed: list[int]) -> None:
-    """Write a page about the data sets, with records of the first; mixed: the numbers of its records, mixed.
+    """Write a page about the data sets, with records of the first.
+
+    model: its name or folder; mixed: the numbers of the first data set's records, mixed.
 
     Raises OSError.
     """
     found = surveys["train"]
     numbers = choose(found, mixed)
     shown = viewer.records(found, reports["train"], numbers)
-    records = [record_json(found, number, shown[number], viewer) for number in numbers]
+    records = [record_json(found, number, shown[number]) for number in numbers]
     page = {
-        "title": title, "maxLength": viewer.encoder.max_length,
+        "model": model, "files": list(short_names(found.files).values()), "maxLength": viewer.encoder.max_length,
         "sets": [set_json(name, surveys[name], reports[name], viewer.encoder.max_length) for name in surveys],
         "kinds": [kind for kind in found.kinds if any(kind in record["kinds"] for record in records)]}
     text = fitting(page, records, Vocabulary(viewer.encoder.tokenizer))
@@ -73,17 +76,18 @@ def set_json(name: str, found: Survey, report: DataReport, max_length: int) -> d
         "report": "\n".join(report.lines(""))}
 
 
-def record_json(found: Survey, number: int, shown: Shown, viewer: Viewer) -> dict:
-    return {"place": found.place(number), "reasons": shown.reasons,
-            "kinds": [kind for kind, records in found.kinds.items() if records[number]] or ["others"],
-            "text": shown.text[:TEXT] + (f" ... {len(shown.text) - TEXT:,} characters" if len(shown.text) > TEXT else "")
-            if not shown.samples else "", "samples": shown.samples}
+def record_json(found: Survey, number: int, shown: Shown) -> dict:
+    text = "" if shown.samples else shown.text
+    if len(text) > TEXT:
+        text = f"{text[:TEXT]} ... {len(text) - TEXT:,} characters"
+    return {"place": found.place(number), "reasons": shown.reasons, "text": text, "samples": shown.samples,
+            "kinds": [kind for kind, records in found.kinds.items() if records[number]]}
 
 
 def sample_json(sample, vocabulary, limit):
-    """A sample: its tokens, of a long one the first and last, those around the cut, and the numbers of all others."""
+    """A sample: its tokens, of a long one the first and last `limit` / 2, and some of those that are cut off."""
     half, kept, end = limit // 2, sample.kept, len(sample.ids)
-    parts = [(0, min(half, kept)), (max(half, kept - half), kept), (kept, min(kept + half // 2, end))]
+    parts = [(0, min(half, kept)), (max(half, kept - half), kept), (kept, min(kept + CUT_TOKENS, end))]
     switches = [place for place in range(1, end) if sample.trained[place] != sample.trained[place - 1]]
     return {
         "parts": [[start, vocabulary.numbers(sample.ids[start:stop])] for start, stop in parts if start < stop],
@@ -126,7 +130,7 @@ class Vocabulary:
 
 def fitting(page: dict, records: list[dict], vocabulary: Vocabulary) -> str:
     """The page with as much of long samples as there is room for."""
-    limit = max((len(sample.ids) for record in records for sample in record["samples"]), default=0) * 2
+    limit = TOKENS
     while True:
         vocabulary.tokens.clear()
         written = [{**record, "samples": [sample_json(sample, vocabulary, limit) for sample in record["samples"]]}
