@@ -72,7 +72,7 @@ from mechanisms.data.records import Place, Problems, find_files
 from mechanisms.data.template import strings
 from mechanisms.inspection import Shown, Viewer, bins, runs, short_names, survey
 from mechanisms.inspection_page import write_page
-from mechanisms.tokenizer import load_tokenizer
+from mechanisms.qwen1_tokenizer import load_any_tokenizer
 
 WIDEST = 100  # columns
 SHOWN_TEXT = 300  # characters of each piece of a sample among others
@@ -255,7 +255,7 @@ def inspect(argv):
     if problems := check_arguments(training):
         raise UserError("\n       ".join(problems))
     output = Output()
-    tokenizer = load_tokenizer(training.model_name_or_path, training.cache_dir)
+    tokenizer = load_any_tokenizer(training.model_name_or_path, training.cache_dir)
     encoder = ConversationEncoder.of(tokenizer, training.model_max_length, training)
     viewer = Viewer(encoder, training.columns)
     if args.record or args.search:
