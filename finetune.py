@@ -50,10 +50,8 @@ from mechanisms import (
 )
 from mechanisms.attention import best_attention
 from mechanisms.console import say
-from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
+from mechanisms.data.datasets import PackedRows, check_arguments, check_records, load_datasets, split
 from mechanisms.data.encoder import IGNORED, ConversationEncoder
-from mechanisms.data.records import Problems, find_files
-from mechanisms.data.shapes import parse_columns
 from mechanisms.data.template import KEEP
 from mechanisms.device import runs_on_cpu
 from mechanisms.errors import Checks, first_line
@@ -273,20 +271,9 @@ def parse_arguments(argv):
     if lora_args.q_lora:
         training_args.use_lora = True
     lora_args.init_lora_weights = lora_args.init_lora_weights.lower()  # peft's and YAML's is True
-    if not data_args.data_path:
-        problems.append("--data_path is missing: which data to train on?")
-    if data_args.columns:
-        data_args.columns, wrong = parse_columns(data_args.columns)
-        problems += wrong
-    if not 0 <= data_args.eval_ratio < 1:
-        problems.append(f"--eval_ratio {data_args.eval_ratio}: a share of the data, from 0 to below 1")
-    if data_args.eval_ratio and data_args.eval_data_path:
-        problems.append("--eval_ratio and --eval_data_path exclude each other: give one")
+    problems += check_arguments(data_args)
     if training_args.eval_strategy != "no" and not (data_args.eval_ratio or data_args.eval_data_path):
         problems.append(f"--eval_strategy {training_args.eval_strategy.value} needs --eval_data_path or --eval_ratio")
-    if data_args.packing and data_args.lazy_preprocess:
-        problems.append("--packing and --lazy_preprocess exclude each other: rows are filled by the samples' lengths, "
-                        "which are not known before they are tokenized")
     if training_args.text_only and training_args.use_lora:
         problems.append("--text_only has no effect on an adapter, which is of the text part alone: give it to "
                         "merge_lora.py")
@@ -356,18 +343,11 @@ def prepare_datasets(data_args, training_args, tokenizer):
 
     Raises UserError with every problem of all files if there are more than --skip_bad_rows.
     """
-    encoder = ConversationEncoder(tokenizer, training_args.model_max_length, data_args.loss_on, data_args.overlong,
-                                  data_args.thinking, data_args.earlier_answers, data_args.system,
-                                  data_args.keep_added_tokens)
+    encoder = ConversationEncoder.of(tokenizer, training_args.model_max_length, data_args)
     tokenizer.init_kwargs |= {KEEP: data_args.keep_added_tokens}  # saved with the result, for chat.py
-    problems, datasets, reports = Problems(), {}, {}
-    for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
-        files = find_files(paths or [], problems, training_args.cache_dir)
-        if files:
-            datasets[name], reports[name] = load_dataset(
-                files, encoder, training_args.cache_dir, data_args.lazy_preprocess, data_args.columns,
-                functools.partial(strategies.first_before_others, training_args))
-            problems.extend(reports[name].problems)
+    datasets, reports, problems = load_datasets(
+        data_args, encoder, training_args.cache_dir, lazy=data_args.lazy_preprocess,
+        first_before_others=functools.partial(strategies.first_before_others, training_args))
     problems.stop_or_skip(data_args.skip_bad_rows)
     train, evaluation = datasets["train"], datasets.get("eval")
     if problems.rejected and training_args.process_index == 0:

@@ -1,10 +1,21 @@
 """What a run says: only rank 0 speaks; a bar on a terminal, plain lines in a log file."""
 
 import os
+import re
 import sys
 import time
 
 from tqdm import tqdm
+
+# Characters that are not seen, or that move what stands around them: controls, directions, blanks without width, halves
+# of characters, and the invisible letters of "tags". (Joiners are not among them: emoji and some languages need them.)
+INVISIBLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+                       "\ud800-\udfff\U000e0000-\U000e007f]")
+
+
+def visible(text):
+    """Text from data for a terminal: what would not be seen there, or would steer it, is shown as an escape."""
+    return INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def say(*lines):

@@ -9,6 +9,7 @@ Beside what argparse knows, the metadata of a field may say:
   "hidden": it has no effect, and `--help` leaves it out
 """
 
+import argparse
 import difflib
 import glob
 import json
@@ -49,11 +50,12 @@ class Given(NamedTuple):
         return self.place + self.written
 
 
-def prepare_command_line(script: str, argv: list[str]) -> list[str]:
+def prepare_command_line(script: str, argv: list[str], training: str | None = None) -> list[str]:
     """Read config files, check the names and values of all flags, answer `--help`.
 
     Args:
         script: path of the script whose `*Arguments` dataclasses define the flags.
+        training: path of a script for training, for a script that takes all flags of that too.
         argv: the arguments after the script's name. Words that end in .yaml, .yml or .json and are not the value of a
             flag are config files: mappings of flags to values.
 
@@ -68,9 +70,9 @@ def prepare_command_line(script: str, argv: list[str]) -> list[str]:
     """
     if "-h" in argv or "--help" in argv:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word, like any Unix tool
-        print_help(script)
+        print_help(script, training)
         sys.exit(0)
-    flags, trains = _flags_by_name(script)
+    flags, trains = _flags_by_name(script, training)
     given, words = _split(argv, flags)
     given = [Given(flags.get(_name(key)), values, key, f"{path}: ") for path in words if path.endswith(CONFIG_FILE)
              for key, values in read_config(path)] + given
@@ -126,6 +128,24 @@ def parse_into(classes: Iterable[type], argv: list[str], problems: list[str] | N
     return *made, words
 
 
+def read_values(script: str, argv: list[str]) -> argparse.Namespace:
+    """What `prepare_command_line` returned -> the values of the flags that a script declares, without importing it.
+
+    Values that are neither numbers nor True and False stay text; those that the script inherits are left out.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in [flag for group, flags in read_flags(script).items() if group != TRAINER for flag in flags]:
+        if flag.nargs != 0:
+            const = {"const": True} if flag.nargs == "?" else {}
+            parser.add_argument(f"--{flag.name}", nargs=flag.nargs, default=flag.default, **const, type={
+                "int": int, "float": float, "bool": _truth}.get(flag.type, str))
+    return parser.parse_known_args(argv)[0]
+
+
+def _truth(word):
+    return word.lower() in BOOLEANS[:len(BOOLEANS) // 2]
+
+
 def _make(cls, values, problems):
     """An instance of a dataclass. What it says against a value becomes a problem, and that value is left out, until
     it says nothing more: by itself it would name the first problem only."""
@@ -164,9 +184,9 @@ def _try(cls, values):
 
 # -- what is given ----------------------------------------------------------------------------------------------------
 
-def _flags_by_name(script):
-    """({name that a user may write: Flag}, whether it is a script for training)"""
-    groups = read_flags(script)
+def _flags_by_name(script, training):
+    """({name that a user may write: Flag}, whether the flags of training are among them)"""
+    groups = read_flags(script) | (read_flags(training) if training else {})
     flags = {flag.name: flag for group in groups.values() for flag in group}
     trains = TRAINER in groups
     if trains:
@@ -313,7 +333,7 @@ def _value(entry):
     if entry.flag.nargs == 0:
         return "False"
     value = " ".join(entry.values) or ("True" if entry.flag.nargs == "?" else "")
-    return str(value.lower() in BOOLEANS[:len(BOOLEANS) // 2]) if entry.flag.type == "bool" else value
+    return str(_truth(value)) if entry.flag.type == "bool" else value
 
 
 def _is_default(flag, value):

@@ -4,7 +4,6 @@ Their folders need Python code of their own, which does not run on transformers 
 So such a folder is written once more, under today's names, into the cache; everything else sees a plain Qwen2 folder.
 """
 
-import base64
 import hashlib
 import json
 import os
@@ -19,16 +18,13 @@ from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken
 from transformers import (
     CONFIG_MAPPING,
     GenerationConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2Tokenizer,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mechanisms.compatibility import add_former_names
 from mechanisms.console import counted, say
@@ -36,12 +32,10 @@ from mechanisms.errors import UserError, first_line
 from mechanisms.gptq import portable_backend
 from mechanisms.hubs import model_here
 from mechanisms.paths import QWEN1_PREFIX, could_be_on_the_hub
-from mechanisms.tokenizer import QWEN_CHATML
+from mechanisms.qwen1_tokenizer import qwen1_tokenizer
 
 VERSION = 2  # of what is written: another one is another folder
 SHARD_SIZE = 500_000_000  # bytes
-
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
 
 # Qwen-1's modules and Qwen2's. Where several stand on the right, the left one is these stacked on the output axis.
 # Those of a block are named from the block on.
@@ -176,7 +170,8 @@ def _write(folder, source, config, files, name):
     name: of the model, for its users. Raises UserError, OSError.
     """
     new_config, quantized = _config(config, source), "quantization_config" in config
-    tokenizer = _tokenizer(source, new_config)
+    tokenizer = qwen1_tokenizer(source, new_config.vocab_size, new_config.max_position_embeddings)
+    new_config.pad_token_id, new_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     size = sum(map(os.path.getsize, files))
     free = shutil.disk_usage(os.path.dirname(folder)).free
     if free < size:
@@ -379,75 +374,3 @@ def _converted(name, tensor, path):
     else:
         parts = [part.contiguous() for part in tensor.chunk(len(new_names), axis)]
     return list(zip(new_names, parts))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
-
-def _tokenizer(source, config):
-    """qwen.tiktoken as Qwen2's tokenizer, which cuts text into words as Qwen-1's did; sets the end tokens of `config`.
-
-    Raises UserError if the file is missing or damaged, or does not fit the model.
-    """
-    path = os.path.join(source, "qwen.tiktoken")
-    ranks = _read_ranks(path)
-    letters = bytes_to_unicode()  # byte-level BPE writes each byte as one printable letter
-
-    def written(token):
-        return "".join(letters[byte] for byte in token)
-
-    merges = [tuple(map(written, pair)) for pair in _merges(ranks, path)]
-    tokenizer = Qwen2Tokenizer(
-        vocab={written(token): rank for token, rank in ranks.items()}, merges=merges, unk_token=None,
-        eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=config.max_position_embeddings)
-    # One difference from Qwen-1 is left, as in all later Qwen: it composed the text (NFC) before it looked for special
-    # tokens, so that the character U+0338 right after one took it apart.
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(f"{path} has {len(tokenizer):,} tokens with the special ones, and the model knows "
-                        f"{config.vocab_size:,}: it belongs to another model")
-    tokenizer.chat_template = QWEN_CHATML
-    config.pad_token_id, config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    return tokenizer
-
-
-def _read_ranks(path):
-    """{token as bytes: rank} of a .tiktoken file. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise UserError(f"the tokenizer of the Qwen-1 model cannot be read, {path}: {error.strerror}") from error
-    ranks = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError as error:
-                raise UserError(f"{path}:{number} is damaged: not a token in base64 and its rank") from error
-    if sorted(ranks.values()) != list(range(len(ranks))) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
-        raise UserError(f"{path} is damaged: tokens are missing")
-    return ranks
-
-
-def _merges(ranks, path):
-    """The merges, as [(left, right)] in order, with which BPE makes the same tokens as tiktoken does of its ranks.
-
-    tiktoken joins the neighbours whose whole has the lowest rank, BPE those whose merge comes first. What tiktoken
-    joined last in a token does not depend on the text around it, so it is enough to let it build each token alone.
-    """
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        parts = [token[place:place + 1] for place in range(len(token))]
-        while len(parts) > 2:
-            joined = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
-            lowest = min(joined)
-            if lowest == len(ranks):
-                raise UserError(f"{path} is damaged: the token {token!r} cannot be built from shorter ones")
-            place = joined.index(lowest)
-            parts[place:place + 2] = [parts[place] + parts[place + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges

@@ -32,6 +32,11 @@ def load_tokenizer(path, cache_dir=None):
         raise UserError(f"no usable tokenizer in {path}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {path} has no fast (Rust) version, and this program needs one")
+    return as_used(tokenizer, path)
+
+
+def as_used(tokenizer, path):
+    """Give a tokenizer just loaded from `path` what `load_tokenizer` promises; returns it."""
     if tokenizer.chat_template is None:
         tokenizer.chat_template = QWEN_CHATML
         say(f"note: the tokenizer in {path} has no chat template; it gets Qwen's ChatML")

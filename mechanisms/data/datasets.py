@@ -25,7 +25,7 @@ from mechanisms.data.encoder import IGNORED, ConversationEncoder
 from mechanisms.data.packing import best_fit_decreasing
 from mechanisms.data.records import Notices, Place, Problems, find_files, read_records
 from mechanisms.data.report import DataReport, Source
-from mechanisms.data.shapes import BadRecord, Conversation, no_column, to_conversation
+from mechanisms.data.shapes import BadRecord, Conversation, no_column, parse_columns, to_conversation
 from mechanisms.data.token_cache import DamagedCache, TextCache, TextSamples, TokenCache, TokenizedSamples, cache_key
 from mechanisms.errors import UserError
 
@@ -60,6 +60,37 @@ def check_records(words: list[str], skip: int, columns: dict[str, str] | None = 
                               columns):
         pass
     problems.stop_or_skip(skip)
+
+
+def check_arguments(data_args) -> list[str]:
+    """What is wrong with the DataArguments, as lines; changes `columns` to what `load_dataset` takes."""
+    problems = [] if data_args.data_path else ["--data_path is missing: which data to train on?"]
+    if data_args.columns:
+        data_args.columns, wrong = parse_columns(data_args.columns)
+        problems += wrong
+    if not 0 <= data_args.eval_ratio < 1:
+        problems.append(f"--eval_ratio {data_args.eval_ratio}: a share of the data, from 0 to below 1")
+    if data_args.eval_ratio and data_args.eval_data_path:
+        problems.append("--eval_ratio and --eval_data_path exclude each other: give one")
+    if data_args.packing and data_args.lazy_preprocess:
+        problems.append("--packing and --lazy_preprocess exclude each other: rows are filled by the samples' lengths, "
+                        "which are not known before they are tokenized")
+    return problems
+
+
+def load_datasets(data_args, encoder: ConversationEncoder, cache_dir: str | None = None, **options):
+    """The data that the DataArguments name -> ({"train": dataset, "eval": dataset}, {name: DataReport}, Problems).
+
+    The second dataset is there with --eval_data_path only. options: of `load_dataset`.
+    """
+    problems, datasets, reports = Problems(), {}, {}
+    for name, paths in (("train", data_args.data_path), ("eval", data_args.eval_data_path)):
+        files = find_files(paths or [], problems, cache_dir)
+        if files:
+            datasets[name], reports[name] = load_dataset(
+                files, encoder, cache_dir, columns=data_args.columns, **options)
+            problems.extend(reports[name].problems)
+    return datasets, reports, problems
 
 
 def load_dataset(files: Iterable[str] | dict[str, float], encoder: ConversationEncoder, cache_dir: str | None = None,

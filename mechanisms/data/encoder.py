@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mechanisms.data.records import Notices
@@ -78,6 +79,12 @@ class ConversationEncoder:
                 raise UserError(f"--thinking {self.thinking}: the chat template of {self.tokenizer.name_or_path} has "
                                 f"only {'a thinking' if self.thinking == 'off' else 'no thinking'} prompt")
 
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast", max_length: int, data_args) -> "ConversationEncoder":
+        """The encoder that the flags of training ask for; data_args: its DataArguments. Raises UserError."""
+        return cls(tokenizer, max_length, data_args.loss_on, data_args.overlong, data_args.thinking,
+                   data_args.earlier_answers, data_args.system, data_args.keep_added_tokens)
+
     def __call__(self, conversation: Conversation, notices: Notices | None = None) -> list[Sample]:
         """Encode one conversation; `notices` counts what was changed in it. Raises BadRecord."""
         excerpts = self.excerpts(conversation, Notices() if notices is None else notices)
@@ -103,15 +110,21 @@ class ConversationEncoder:
             excerpts[-1] = excerpt._replace(trained=_all_but_other_answers(excerpt, text)), text
         return excerpts
 
-    def encode(self, excerpt: Excerpt, text: str) -> Sample:
-        """An excerpt of a conversation -> Sample. Raises BadRecord."""
-        ids, labels, trained, until = [], [], dict(excerpt.trained), 0
+    def pieces(self, excerpt: Excerpt, text: str) -> Iterator[tuple[int, list[int], bool]]:
+        """Yield (start, ids, whether they are trained) of each piece of an excerpt's text that is tokenized apart: one
+        begins with each answer, and where training begins and ends."""
+        trained, until = dict(excerpt.trained), 0
         cuts = {0, len(text), *(start for start, _, _ in excerpt.answers), *itertools.chain(*excerpt.trained)}
         for start, end in itertools.pairwise(sorted(cuts)):
             until = trained.get(start, until)
-            piece = self.ids_of(text[start:end])
+            yield start, self.ids_of(text[start:end]), start < until
+
+    def encode(self, excerpt: Excerpt, text: str) -> Sample:
+        """An excerpt of a conversation -> Sample. Raises BadRecord."""
+        ids, labels = [], []
+        for _, piece, trained in self.pieces(excerpt, text):
             ids += piece
-            labels += piece if start < until else [IGNORED] * len(piece)
+            labels += piece if trained else [IGNORED] * len(piece)
         outcome = "kept"
         if len(ids) > self.max_length:
             if self.overlong == "error":
@@ -123,11 +136,14 @@ class ConversationEncoder:
             return Sample([], [], "nothing to learn")
         return Sample(ids, labels, outcome)
 
-    def _prepared(self, conversation, notices):
-        messages = conversation.messages
+    def with_system(self, messages: list[dict]) -> list[dict]:
+        """The messages of a conversation, with the system message of those that have none."""
         if self.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        return self.template.prepare(messages, conversation.tools, notices)
+            return [{"role": "system", "content": self.system}, *messages]
+        return messages
+
+    def _prepared(self, conversation, notices):
+        return self.template.prepare(self.with_system(conversation.messages), conversation.tools, notices)
 
     def _modes(self, messages, tools, wanted):
         """{message number: mode} of the answers to train."""

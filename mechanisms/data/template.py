@@ -102,7 +102,7 @@ class ChatTemplate:
         Raises BadRecord for what the template leaves out.
         """
         style = self.style(tools)
-        messages = [self._structured(message, style, notices) for message in messages]
+        messages = self.structured(messages, tools, notices)
         left_out = used_parts(messages, tools) - style.parts
         if left_out:
             raise BadRecord([("the model's chat template leaves this out", part) for part in sorted(left_out)])
@@ -117,8 +117,13 @@ class ChatTemplate:
             raise BadRecord([("control token in the name of an argument", ", ".join(sorted(written)))])
         return self._marked([messages, tools]) if written else (messages, tools)
 
+    def structured(self, messages: list[dict], tools: list[dict] | None, notices: Notices) -> list[dict]:
+        """The messages, an assistant's thinking and tool calls out of its content where the template has fields for
+        them. Raises BadRecord."""
+        style = self.style(tools)
+        return [self._structured(message, style, notices) for message in messages]
+
     def _structured(self, message, style, notices):
-        """An assistant's thinking and tool calls out of its content, where the template has fields for them."""
         if message["role"] != "assistant":
             return message
         if "reasoning_content" in style.parts:

@@ -27,7 +27,7 @@ import finetune
 import merge_lora
 import run_gptq
 from examples.make_tiny_model import EXAMPLES, example_texts, make_tokenizer, strings
-from mechanisms import qwen1
+from mechanisms import qwen1, qwen1_tokenizer
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 from mechanisms.paths import source_name
@@ -554,7 +554,7 @@ def test_the_original_code_computed_the_same(real, real_data, name, tolerance):
 
 
 def test_tokens_of_all_real_texts(real, real_data):
-    ranks = qwen1._read_ranks(str(real_data / "checkpoints" / "Qwen-tiny-Chat" / "qwen.tiktoken"))
+    ranks = qwen1_tokenizer.read_ranks(str(real_data / "checkpoints" / "Qwen-tiny-Chat" / "qwen.tiktoken"))
     reference, tokenizer = encoding(ranks), AutoTokenizer.from_pretrained(real["Qwen-tiny-Chat"])
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>",
                                             "<|extra_204|>"]) == [151643, 151644, 151645, 151646, 151850]
