@@ -19,6 +19,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from mechanisms.config_file import CONFIG_FILE, VARIABLE, read_config
@@ -49,11 +50,12 @@ class Given(NamedTuple):
         return self.place + self.written
 
 
-def prepare_command_line(script: str, argv: list[str]) -> list[str]:
+def prepare_command_line(script: str, argv: list[str], like: str | None = None) -> list[str]:
     """Read config files, check the names and values of all flags, answer `--help`.
 
     Args:
         script: path of the script whose `*Arguments` dataclasses define the flags.
+        like: another script whose flags are taken as well, so that its command lines can be; none has to be given.
         argv: the arguments after the script's name. Words that end in .yaml, .yml or .json and are not the value of a
             flag are config files: mappings of flags to values.
 
@@ -70,20 +72,20 @@ def prepare_command_line(script: str, argv: list[str]) -> list[str]:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word, like any Unix tool
         print_help(script)
         sys.exit(0)
-    flags, trains = _flags_by_name(script)
+    flags, trains = _flags_by_name(script, like)
     given, words = _split(argv, flags)
     given = [Given(flags.get(_name(key)), values, key, f"{path}: ") for path in words if path.endswith(CONFIG_FILE)
              for key, values in read_config(path)] + given
     words = [word for word in words if not word.endswith(CONFIG_FILE)]
 
     problems = [_unknown(entry, flags, trains) for entry in given if not entry.flag]
-    if trains:  # the others may take words
+    if trains and not like:  # the others may take words
         problems += [f"unexpected argument {word!r}" for word in words]
     advice = f"{NEXT_LINE}All flags: python {os.path.basename(script)} --help" if problems else ""
     given = [entry._replace(values=_as_declared(entry)) for entry in given if entry.flag]
     problems += [problem for entry in given if (problem := _wrong_values(entry))]
     last = {entry.flag.name: entry for entry in given}
-    if not advice:  # else it may be there under another name
+    if not advice and not like:  # else it may be there under another name
         problems += [_missing(flag) for flag in flags.values() if flag.required and flag.name not in last]
     last = {name: entry for name, entry in last.items() if not _wrong_values(entry)}
     problems += [problem for entry in last.values() for problem in _not_there(entry)]
@@ -164,9 +166,28 @@ def _try(cls, values):
 
 # -- what is given ----------------------------------------------------------------------------------------------------
 
-def _flags_by_name(script):
+def read_values(script: str, argv: list[str], like: str | None = None) -> tuple[dict, list[str]]:
+    """What `prepare_command_line` returned -> ({dataclass: SimpleNamespace of its flags' values}, words beside the
+    flags), with nothing imported: what a dataclass itself makes of its values is not done.
+    """
+    given, words = _split(argv, _flags_by_name(script, like)[0])
+    values = {entry.flag.name: _typed(entry) for entry in given}
+    return {group: SimpleNamespace(**{flag.name: values.get(flag.name, flag.default) for flag in flags})
+            for group, flags in _groups(script, like).items()}, words
+
+
+def _typed(entry):
+    convert = {"int": int, "float": float, "bool": "True".__eq__}.get(entry.flag.type, str)
+    return list(map(convert, entry.values)) if entry.flag.nargs == "+" else convert(_value(entry))
+
+
+def _groups(script, like):
+    return read_flags(script) | (read_flags(like) if like else {})
+
+
+def _flags_by_name(script, like=None):
     """({name that a user may write: Flag}, whether it is a script for training)"""
-    groups = read_flags(script)
+    groups = _groups(script, like)
     flags = {flag.name: flag for group in groups.values() for flag in group}
     trains = TRAINER in groups
     if trains:
