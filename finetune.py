@@ -38,6 +38,7 @@ from safetensors import SafetensorError
 
 from mechanisms import (
     checkpoints,
+    compilation,
     console,
     dry_run,
     facts,
@@ -530,7 +531,7 @@ def run(model_args, data_args, training_args, lora_args, command):
         checkpoint, notices = strategies.by_first_rank(lambda: checkpoints.checkpoint_to_resume(
             training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
     notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
-    notices += strategies.compilation_locks() if training_args.deepspeed else []
+    notices += compilation.clear_locks() if training_args.deepspeed else []
     notices += trials.without_effect(training_args)
     say(*[f"note: {notice}" for notice in notices])
     config, tokenizer, train_dataset, eval_dataset, reports = read_model_and_data(*arguments, checks)

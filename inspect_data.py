@@ -13,6 +13,7 @@ tokenized.
 import os
 import sys
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.flags import prepare_command_line, read_values
@@ -35,8 +36,11 @@ class InspectArguments:
 
 def parse_arguments(argv):
     """argv -> (inspect arguments, data arguments and others of finetune.py). Raises UserError with all problems."""
-    words = prepare_command_line(__file__, [SHORT.get(word, word) for word in argv], TRAINING)
-    args, training = read_values(__file__, words), read_values(TRAINING, words)
+    words = prepare_command_line(__file__, [SHORT.get(word, word) for word in argv], TRAINING,
+                                 shown=("ModelArguments", "DataArguments"))
+    groups, _ = read_values(__file__, words, TRAINING)
+    args = groups.pop("InspectArguments")
+    training = SimpleNamespace(**{name: value for values in groups.values() for name, value in vars(values).items()})
     given = [f"--{name}" for name, value in vars(args).items() if value is not None]
     problems = [f"{' and '.join(given)} exclude each other: give one"] if len(given) > 1 else []
     if args.record and not args.record.rpartition(":")[2].isdigit():

@@ -151,16 +151,15 @@ def _literal(node):
 
 # -- help -------------------------------------------------------------------------------------------------------------
 
-def print_help(script: str, training: str | None = None):
+def print_help(script: str, training: str | None = None, shown: tuple[str, ...] = ()):
     """The script's docstring, then its flags by dataclass, at most as wide as the terminal (80 without one).
 
-    training: a script for training whose flags it takes too. Those of the model and the data are shown.
+    training: a script for training whose flags it takes too; those of the dataclasses named in `shown` are shown.
     """
     width = min(shutil.get_terminal_size().columns, 110)
     print(_narrow(read_docstring(script), width))
     groups, others = read_flags(script), []
-    if training:
-        groups |= {group: read_flags(training)[group] for group in ("ModelArguments", "DataArguments")}
+    groups |= {group: read_flags(training)[group] for group in shown}
     for group, flags in groups.items():
         if group == TRAINER:
             others = sorted(flag.public for flag in flags if flag.shown)

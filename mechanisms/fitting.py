@@ -72,19 +72,21 @@ def _gb(size):
     return f"{size / 1e9:,.1f}"
 
 
-def decide(plan):
+def decide(plan, need=None):
     """Decide --gradient_checkpointing auto and --trained_weights auto, for all ranks alike.
 
+    need: what the plan takes, where that was measured before.
     -> (the Plan with both decided, a line that says why). Raises UserError, on all ranks, if the run does not fit.
     """
-    need, available = Need.of(plan), plan.available
+    need, available = need or Need.of(plan), plan.available
     totals = [need.total(checkpointing) for checkpointing in (False, True)]
     least = min(totals) if plan.certain else totals[1] - need.loss - need.recomputed
-    shares = torch.tensor([totals[0], least if plan.checkpointing is None else totals[plan.checkpointing]],
-                          dtype=torch.float32, device=plan.setup.device) / available
+    shares = totals[0] / available, (least if plan.checkpointing is None else totals[plan.checkpointing]) / available
     if torch.distributed.is_initialized():
+        shares = torch.tensor(shares, dtype=torch.float32, device=plan.setup.device)
         torch.distributed.all_reduce(shares, torch.distributed.ReduceOp.MAX)
-    whole, smallest = shares.tolist()
+        shares = shares.tolist()
+    whole, smallest = shares
     checkpointing = plan.checkpointing if plan.checkpointing is not None else whole > 1 - memory.RESERVE
     if smallest > 1 and plan.frugal:
         decided, line = decide(plan._replace(setup=plan.frugal, frugal=None))

@@ -9,7 +9,6 @@ Beside what argparse knows, the metadata of a field may say:
   "hidden": it has no effect, and `--help` leaves it out
 """
 
-import argparse
 import difflib
 import glob
 import json
@@ -20,6 +19,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from mechanisms.config_file import CONFIG_FILE, VARIABLE, read_config
@@ -50,12 +50,14 @@ class Given(NamedTuple):
         return self.place + self.written
 
 
-def prepare_command_line(script: str, argv: list[str], training: str | None = None) -> list[str]:
+def prepare_command_line(script: str, argv: list[str], training: str | None = None,
+                         shown: tuple[str, ...] = ()) -> list[str]:
     """Read config files, check the names and values of all flags, answer `--help`.
 
     Args:
         script: path of the script whose `*Arguments` dataclasses define the flags.
         training: path of a script for training, for a script that takes all flags of that too.
+        shown: dataclasses of that script whose flags `--help` shows, and have to be given where they are required.
         argv: the arguments after the script's name. Words that end in .yaml, .yml or .json and are not the value of a
             flag are config files: mappings of flags to values.
 
@@ -70,7 +72,7 @@ def prepare_command_line(script: str, argv: list[str], training: str | None = No
     """
     if "-h" in argv or "--help" in argv:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word, like any Unix tool
-        print_help(script, training)
+        print_help(script, training, shown)
         sys.exit(0)
     flags, trains = _flags_by_name(script, training)
     given, words = _split(argv, flags)
@@ -79,13 +81,13 @@ def prepare_command_line(script: str, argv: list[str], training: str | None = No
     words = [word for word in words if not word.endswith(CONFIG_FILE)]
 
     problems = [_unknown(entry, flags, trains) for entry in given if not entry.flag]
-    if trains:  # the others may take words
+    if shown or trains and not training:  # the others may take words
         problems += [f"unexpected argument {word!r}" for word in words]
     advice = f"{NEXT_LINE}All flags: python {os.path.basename(script)} --help" if problems else ""
     given = [entry._replace(values=_as_declared(entry)) for entry in given if entry.flag]
     problems += [problem for entry in given if (problem := _wrong_values(entry))]
     last = {entry.flag.name: entry for entry in given}
-    if not advice:  # else it may be there under another name
+    if not advice and (shown or not training):  # else it may be there under another name
         problems += [_missing(flag) for flag in flags.values() if flag.required and flag.name not in last]
     last = {name: entry for name, entry in last.items() if not _wrong_values(entry)}
     problems += [problem for entry in last.values() for problem in _not_there(entry)]
@@ -126,20 +128,6 @@ def parse_into(classes: Iterable[type], argv: list[str], problems: list[str] | N
     if found and problems is None:
         raise UserError(NEXT_LINE.join(found))
     return *made, words
-
-
-def read_values(script: str, argv: list[str]) -> argparse.Namespace:
-    """What `prepare_command_line` returned -> the values of the flags that a script declares, without importing it.
-
-    Values that are neither numbers nor True and False stay text; those that the script inherits are left out.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in [flag for group, flags in read_flags(script).items() if group != TRAINER for flag in flags]:
-        if flag.nargs != 0:
-            const = {"const": True} if flag.nargs == "?" else {}
-            parser.add_argument(f"--{flag.name}", nargs=flag.nargs, default=flag.default, **const, type={
-                "int": int, "float": float, "bool": _truth}.get(flag.type, str))
-    return parser.parse_known_args(argv)[0]
 
 
 def _truth(word):
@@ -184,9 +172,28 @@ def _try(cls, values):
 
 # -- what is given ----------------------------------------------------------------------------------------------------
 
+def read_values(script: str, argv: list[str], training: str | None = None) -> tuple[dict, list[str]]:
+    """What `prepare_command_line` returned -> ({dataclass: SimpleNamespace of its flags' values}, words beside the
+    flags), with nothing imported: what a dataclass itself makes of its values is not done.
+    """
+    given, words = _split(argv, _flags_by_name(script, training)[0])
+    values = {entry.flag.name: _typed(entry) for entry in given}
+    return {group: SimpleNamespace(**{flag.name: values.get(flag.name, flag.default) for flag in flags})
+            for group, flags in _groups(script, training).items()}, words
+
+
+def _typed(entry):
+    convert = {"int": int, "float": float, "bool": "True".__eq__}.get(entry.flag.type, str)
+    return list(map(convert, entry.values)) if entry.flag.nargs == "+" else convert(_value(entry))
+
+
+def _groups(script, training):
+    return read_flags(script) | (read_flags(training) if training else {})
+
+
 def _flags_by_name(script, training):
     """({name that a user may write: Flag}, whether the flags of training are among them)"""
-    groups = read_flags(script) | (read_flags(training) if training else {})
+    groups = _groups(script, training)
     flags = {flag.name: flag for group in groups.values() for flag in group}
     trains = TRAINER in groups
     if trains:

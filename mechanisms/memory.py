@@ -74,15 +74,17 @@ def available_bytes(device):
     return psutil.virtual_memory().available / ranks_here + psutil.Process().memory_info().rss
 
 
-def training_state(setup):
+def training_state(setup, built=None):
     """-> State.
+
+    built: what `network_of` gives for a setup that differs only in how the ranks share the work.
 
     DeepSpeed keeps an fp32 copy of what is trained, divided among the ranks as the optimizer's state is, and if that is
     offloaded an fp32 gradient too; from stage 2 on the gradients are divided, in stage 3 the weights (Rajbhandari et
     al., ZeRO, arXiv:1910.02054, section 5). DDP's buckets are the gradients (see `SafeTrainer`), but where a step has
     several batches: those of all but the last lie beside them.
     """
-    network, packed = _network(setup)
+    network, packed = built or network_of(setup)
     embeddings = {module.weight for module in network.modules() if isinstance(module, torch.nn.Embedding)}
     optim, notes, deepspeed = setup.optim, [], setup.stage is not None
     if optimizer_bytes(optim) is None:
@@ -131,7 +133,7 @@ def optimizer_bytes(optim, optim_args=None):
 
 def row_loss_bytes(setup, tokens):
     """The most that the loss of a row takes, if all its tokens are trained: when its activations are all there."""
-    return loss_bytes(_network(setup, 1)[0], tokens, setup.compute, setup.device.type)
+    return loss_bytes(network_of(setup, 1)[0], tokens, setup.compute, setup.device.type)
 
 
 def activation_bytes(setup, tokens):
@@ -154,7 +156,7 @@ def activation_bytes(setup, tokens):
 
     layers, unpacked = setup.config.num_hidden_layers, 0
     if gptq.is_gptq(setup.config):  # the kernel unpacks a layer's weights, and autograd keeps what it made of them
-        unpacked = sum(weight.numel() for weight in _network(setup, 1)[1]) * setup.compute.itemsize
+        unpacked = sum(weight.numel() for weight in network_of(setup, 1)[1]) * setup.compute.itemsize
     # Checkpointed, there are the inputs of all layers and the one layer at work (of a period: the mean of its
     # layers). What does not grow with the row are copies of trained weights: autocast keeps those of all layers until
     # the forward pass ends.
@@ -170,7 +172,7 @@ def _period(setup):
     return next(period for period in range(1, len(kinds) + 1) if kinds[period:] == kinds[:-period])
 
 
-def _network(setup, layers=None):
+def network_of(setup, layers=None):
     """(the network as it is trained, on the meta device, {weight that is held in fewer bits: its bytes}).
 
     layers: how many of its layers; None: all.
@@ -212,7 +214,7 @@ def _network(setup, layers=None):
 
 def _run(setup, layers, tokens):
     """(bytes that autograd saves of a row in that many layers, bytes of what one layer hands to the next)."""
-    network, _ = _network(setup, layers)
+    network, _ = network_of(setup, layers)
     saved = {}
 
     def count(tensor):

@@ -1,6 +1,8 @@
 """Folders that programs read from and write to: what is wrong with them is known before anything is loaded."""
 
+import difflib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -40,15 +42,45 @@ def hub_name(path):
 def deepspeed_file(value):
     """The config that --deepspeed names, None for "" and "none": the launchers give one, this takes it back.
 
-    A name that is no file here may be one of the configs beside finetune.py. Raises UserError if there is no such file.
+    A name that is no file here may be one of the configs beside finetune.py. Raises UserError if there is no such file,
+    or it is no JSON, or a key in it is misspelt, which DeepSpeed ignores.
     """
     if value.lower() in ("", "none"):
         return None
-    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), value)
-    path = next((path for path in (value, beside) if os.path.isfile(path)), None)
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = next((path for path in (value, os.path.join(here, value)) if os.path.isfile(path)), None)
     if path is None:
         raise UserError(f"--deepspeed {value}: no such file")
+    known = {}
+    for file in glob.glob(os.path.join(glob.escape(here), "ds_config*.json")):
+        for key, settings in _read_json(file).items():
+            known[key] = known.get(key, {}) | (settings if isinstance(settings, dict) else {})
+    try:
+        config = _read_json(path)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--deepspeed {value} is no JSON object: {first_line(error)}") from error
+    wrong = _misspelt(config, known)
+    for key, settings in config.items():
+        if isinstance(settings, dict):
+            wrong += _misspelt(settings, known.get(key, {}))
+    if wrong:
+        raise UserError(f"--deepspeed {value}: " + "; ".join(wrong))
     return path
+
+
+def _read_json(path):
+    with open(path, encoding="utf-8-sig") as file:
+        return dict(json.load(file).items())
+
+
+def _misspelt(settings, known):
+    """Keys that are nearly those of our own configs, as lines: DeepSpeed ignores what it does not know."""
+    lines = []
+    for key in settings.keys() - known.keys():
+        near = difflib.get_close_matches(key.strip().lower(), known.keys() - settings.keys(), n=1, cutoff=0.9)
+        if near:
+            lines.append(f"{json.dumps(key)} is no key of DeepSpeed, which would ignore it: write \"{near[0]}\"")
+    return sorted(lines)
 
 
 def not_empty(flag, folder):

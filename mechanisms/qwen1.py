@@ -111,6 +111,18 @@ def convert_if_qwen1(path, cache_dir=None):
     return folder
 
 
+def todays_config(path, cache_dir=None):
+    """The Qwen2Config of a Qwen-1 model (a folder or name), from its config.json alone; None: it is no such model.
+
+    Raises UserError: Qwen2's network cannot be it.
+    """
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path, cache_dir=cache_dir)
+    except (OSError, ValueError):  # whoever loads it next says what is wrong
+        return None
+    return _config(config, path) if config.get("model_type") == "qwen" else None
+
+
 def todays_names(targets, layers):
     """LoRA targets with those that are Qwen-1's names replaced by the layers they are now; says so.
 

@@ -3,12 +3,10 @@
 import argparse
 import contextlib
 import datetime
-import glob
 import os
 import socket
 
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
@@ -159,17 +157,6 @@ def idle_gpus(training_args):
         return []
     return [f"{training_args.visible_gpus} GPUs are here and this run uses one; bash finetune/finetune.sh, or torchrun "
             f"--nproc_per_node {training_args.visible_gpus} finetune.py, uses all"]
-
-
-def compilation_locks():
-    """Locks on the folders where torch compiles DeepSpeed's ops, as lines.
-
-    Torch waits for them without a word, and for ever if the run that held one was killed. Can go with the torch that
-    has https://github.com/pytorch/pytorch/pull/190543.
-    """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    return [f"{lock}: another run compiles DeepSpeed's ops, or was killed while it did. This run waits until the file "
-            "is gone: delete it if no other is compiling" for lock in glob.glob(f"{root}/**/lock", recursive=True)]
 
 
 def join_ranks(training_args):

@@ -6,11 +6,12 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 
 from mechanisms.console import table
-from mechanisms.gptq import packed_weights
-from mechanisms.paths import source_name
+from mechanisms.gptq import is_gptq, packed_weights
+from mechanisms.paths import could_be_on_the_hub, source_name
 from mechanisms.report_page import About
 from mechanisms.serving import IGNORED, adapter_hint
 from mechanisms.strategies import strategy_name
@@ -117,13 +118,21 @@ def after_training(trainer, result, evaluated, prompt_note, wrapped):
     lines = ["", "Done:", table(rows), *([f"  note: {prompt_note}"] if prompt_note else []),
              f"  chat:  python chat.py {shlex.quote(out)}"]
     if trainer.args.use_lora:
-        lines.append(f"  merge: {merge_command(out)}")
+        quantized = is_gptq(trainer.model.config) and trainer.model.peft_config["default"].base_model_name_or_path
+        lines.append(f"  merge: {merge_command(out, quantized)}")
         lines += [f"  note:  {IGNORED}"] if wrapped else adapter_hint(out, trainer.model.peft_config["default"])
     return lines
 
 
-def merge_command(out):
-    return f"python merge_lora.py --adapter_path {shlex.quote(out)} --output_dir {shlex.quote(out + '-merged')}"
+def merge_command(out, quantized=None):
+    """quantized: the GPTQ model under the adapter, which nothing can be merged into; its 16-bit original can."""
+    command = f"python merge_lora.py --adapter_path {shlex.quote(out)} --output_dir {shlex.quote(out + '-merged')}"
+    if not quantized:
+        return command
+    name = source_name(quantized)
+    original = re.sub(r"-(GPTQ-)?Int[48]$", "", name)  # as Qwen names them
+    on_hub = original != name and could_be_on_the_hub(name) and not os.path.isdir(name)
+    return f"{command} --base_model {original if on_hub else 'THE_16_BIT_MODEL'}"
 
 
 def model_card(arguments, settings, prompt_note, wrapped):

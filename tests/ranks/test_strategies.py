@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
-from mechanisms import checkpoints, strategies
+from mechanisms import checkpoints
 
 ROOT = Path(finetune.__file__).parent
 LORA = ["--lora_r", "8", "--lora_dropout", "0"]  # no dropout: ranks draw other random numbers than one process
@@ -313,15 +313,6 @@ if trainer.args.process_index == 0:
         results.append(json.loads(run.stdout.partition("RESULT ")[2].splitlines()[0]))
     (digests, losses), (_, of_one) = results
     assert len(digests) == 2 and digests[0] == digests[1] and losses == pytest.approx(of_one, rel=1e-2)
-
-
-def test_a_lock_that_a_killed_compilation_left_is_pointed_at(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    (tmp_path / "cpu_adam").mkdir()
-    assert strategies.compilation_locks() == []
-    (tmp_path / "cpu_adam" / "lock").touch()
-    [line] = strategies.compilation_locks()
-    assert line.startswith(f"{tmp_path}/cpu_adam/lock: ") and "delete it" in line
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import finetune
 import run_gptq
 from examples.make_tiny_model import EXAMPLES
-from mechanisms import fitting, memory
+from mechanisms import fitting, memory, summary
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
 
@@ -160,8 +160,19 @@ def test_the_table_counts_packed_weights_and_biases(train, make_model, tmp_path,
     tables = []
     for folder, method in ((model, "--use_lora"), (tmp_path / "int4", "--q_lora")):
         train(folder, tmp_path / method, method, "--lora_embeddings", "none", "--max_steps", 1)
-        tables.append(re.findall(r"^  (?:trained )?parameters .*", capsys.readouterr().out, re.MULTILINE))
+        said = capsys.readouterr().out
+        tables.append(re.findall(r"^  (?:trained )?parameters .*", said, re.MULTILINE))
+        assert ("--base_model THE_16_BIT_MODEL\n" in said) == (folder != model)
     assert tables[0] == tables[1] and len(tables[0]) == 2
+
+
+@pytest.mark.parametrize("base, original", [
+    ("Qwen/Qwen-7B-Chat-Int4", "Qwen/Qwen-7B-Chat"), ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8", "Qwen/Qwen2.5-7B-Instruct"),
+    ("Qwen/Other", "THE_16_BIT_MODEL"), ("models/mine-Int4/", "THE_16_BIT_MODEL")])
+def test_the_command_that_merges_names_the_16_bit_model(base, original):
+    command = "python merge_lora.py --adapter_path 'my out' --output_dir 'my out-merged'"
+    assert summary.merge_command("my out") == command
+    assert summary.merge_command("my out", base) == f"{command} --base_model {original}"
 
 
 @pytest.mark.parametrize("precision", [["--bf16"], []])

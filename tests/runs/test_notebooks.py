@@ -8,6 +8,7 @@ import pytest
 
 from recipes import notebooks
 
+
 def words_of(made):
     return [(cell.cell_type, cell.source) for cell in made.cells]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -387,6 +388,24 @@ def test_inputs_that_are_not_there(argv, message):
     Path("empty").mkdir()
     Path("run.yaml").write_text("model_name_or_path: nowhere")
     assert error(*argv, data=("--data_path", DATA) if "--data_path" not in argv else ()) == message
+
+
+@pytest.mark.parametrize("config, wrong", [
+    ({" zero_optimization": {"stage": 2}}, {" zero_optimization": "zero_optimization"}),
+    ({"zero_optimisation": {"stage": 2}, "fp16 ": {}}, {"fp16 ": "fp16", "zero_optimisation": "zero_optimization"}),
+    ({"zero_optimization": {"stage": 2, "offload_optimiser": {}}}, {"offload_optimiser": "offload_optimizer"})])
+def test_a_misspelt_key_of_a_deepspeed_config_is_named(config, wrong):
+    """As in a tutorial that many follow: DeepSpeed ignores such a key, and nothing is shared among the GPUs."""
+    Path("ds.json").write_text(json.dumps(config))
+    assert error("--deepspeed", "ds.json") == "--deepspeed ds.json: " + "; ".join(
+        f'"{key}" is no key of DeepSpeed, which would ignore it: write "{right}"' for key, right in wrong.items())
+
+
+def test_other_keys_of_a_deepspeed_config_are_its_owners_business(monkeypatch):
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}, "tensorboard": {}}')
+    assert prepare("--deepspeed", "ds.json")
+    Path("ds.json").write_text("[1")
+    assert error("--deepspeed", "ds.json").startswith("--deepspeed ds.json is no JSON object: ")
 
 
 def test_inputs_that_are_there_or_may_be():
