@@ -5,6 +5,7 @@
   python -m tests.sweep files --cases 10000               # mutated data files of every kind; needs no REAL_DATA
   python -m tests.sweep flags                             # every flag of TrainingArguments: its effect, or its refusal
   python -m tests.sweep families                          # hybrids and mixtures of experts: all ways of training them
+  python -m tests.sweep readme                            # every command of README.md, as it stands
   python -m tests.sweep docs                              # writes what the code says into docs/
 """
 
@@ -107,7 +108,7 @@ def sweep_flags():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["real", "fuzz", "files", "flags", "families", "docs"])
+    parser.add_argument("what", choices=["real", "fuzz", "files", "flags", "families", "readme", "docs"])
     parser.add_argument("--cases", type=int, default=10_000, help="of the fuzz, for each tokenizer together (10000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -118,6 +119,12 @@ def main():
             counts = fuzz_files(args.cases, random.Random(args.seed), Path(folder))
         print(*(f"{count:>9,} {what}" for what, count in sorted(counts.items())), sep="\n")
         return
+    if args.what == "readme":
+        from tests import readme
+
+        with tempfile.TemporaryDirectory() as folder:
+            readme.make_place(place := Path(folder) / "repository")
+            raise SystemExit(bool(readme.run(place)))
     if args.what == "docs":
         from tests.pages import DOCS, PAGES
 
