@@ -16,7 +16,8 @@ def say(*lines):
     """
     if lines and int(os.environ.get("RANK", 0)) == 0:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        print("\n".join(map(_fitted, map(str, lines))).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        text = "\n".join(_fitted(str(line)) for line in lines)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _fitted(line):
