@@ -560,7 +560,7 @@ def run(model_args, data_args, training_args, lora_args, command):
         moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
         say(*[f"note: {line}" for line in moved])
 
-    questions = sample_answers.questions(training_args.sample_prompts, tokenizer, eval_dataset, data_args.system)
+    questions = sample_answers.questions(training_args, tokenizer, eval_dataset, data_args.system)
     if training_args.auto_checkpointing and plan.checkpointing or plan.setup.frugal:
         say(f"note: {why}")
     published_dtype = config.dtype

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 
 from tqdm import tqdm
@@ -19,10 +21,26 @@ def visible(text):
 
 
 def say(*lines):
-    """Print on the first rank of all nodes only; what the terminal's encoding lacks is escaped."""
+    """Print on the first rank of all nodes only; what the terminal's encoding lacks is escaped.
+
+    A terminal gets notes broken between words; in a file each stays one line.
+    """
     if lines and int(os.environ.get("RANK", 0)) == 0:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        print("\n".join(map(str, lines)).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        text = "\n".join(_fitted(str(line)) for line in lines)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def _fitted(line):
+    if not sys.stdout.isatty() or not line.startswith("note: "):
+        return line
+    return textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent=" " * len("note: "),
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def is_colored(stream):
+    """Whether colours are wanted there (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def table(rows):
@@ -46,7 +64,7 @@ def counted(items, what, unit):
 
 def show_trained(tokenizer, input_ids, labels, limit=2000):
     """The sample as text, trained spans between [[ and ]] (green on a terminal), cut in the middle past `limit`."""
-    green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    green, plain = ("\033[32m", "\033[0m") if is_colored(sys.stdout) else ("", "")
     pieces, start = [], 0
     trained = [label != -100 for label in labels]
     for end in range(1, len(trained) + 1):

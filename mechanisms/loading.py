@@ -220,8 +220,9 @@ def fit_arguments(config, training_args, lora_args):
     if limit and rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
         limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
     if limit and training_args.model_max_length > limit:
-        say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} positions: "
-            f"{limit} is used")
+        if training_args.model_max_length != type(training_args).model_max_length:  # somebody has asked for it
+            say(f"note: --model_max_length {training_args.model_max_length} is more than the model's {limit} "
+                f"positions: {limit} is used")
         training_args.model_max_length = limit
     if training_args.use_lora and not lora_args.lora_weight_path:
         words, network = lora_args.lora_target_modules, empty_network(config)

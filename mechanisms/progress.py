@@ -66,9 +66,9 @@ class _Lines:
             return []
         self.said += 1
         widest = len(f"step {state.max_steps}/{state.max_steps}")
-        header = [f"{'':{widest}} {'loss':>8} {'lr':>9} {'grad':>8} {'tokens/s':>9} {'memory':>6} {'left':>9}"]
+        header = [f"{'':{widest}} {'loss':>9} {'lr':>9} {'grad':>8} {'tokens/s':>9} {'memory':>6} {'left':>9}"]
         return header * (self.said % HEADER_EVERY == 1) + [
-            f"{step:{widest}} {_loss(logs['loss']):>8} {logs['learning_rate']:>9.3g} "
+            f"{step:{widest}} {_loss(logs['loss']):>9} {logs['learning_rate']:>9.3g} "
             f"{logs.get('grad_norm', float('nan')):>8.3g} {logs['tokens_per_second']:>9,.0f} {logs['memory']:>6.0%} "
             f"{duration(logs['seconds_left']):>9}"]
 

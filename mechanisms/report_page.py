@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MOST_POINTS = 400  # of a curve, and of what can be pointed at: the page stays small however long the run is
-MOST_ANSWERS = 6  # to one question, side by side
+MOST_ANSWERS = 5  # to one question, side by side
 RELOAD = 20  # seconds between two looks at the file while the run goes on
 
 
@@ -157,7 +157,7 @@ def _chart(title: str, curves: list[Curve], history: list[dict], form: Callable,
     if not curves:
         return ""
     values = [value for curve in curves for _, value in curve.points]
-    ticks = _ticks(min(values), max(values))
+    ticks = _ticks(min(values) if wide else min(0, *values), max(values))
     low, high = min(min(values), ticks[0]), max(max(values), ticks[-1])
     last = max(1, max(entry["step"] for entry in history))
 
@@ -248,8 +248,9 @@ def _answers(history):
             when = f"the result (step {step:,})" if "result" in entry else f"step {step:,}" if step else "before"
             mark = ' <b class="tag">best</b>' if best and step == best[0] and "eval_loss" in entry else ""
             more = '<span class="soft"> … (cut)</span>' if found[0].get("cut") else ""
+            said = _text(found[0]["answer"]) or '<span class="soft">(no words)</span>'
             columns.append(f'<div class="answer"><p class="soft small">{when}{mark}</p>'
-                           f'<p class="words" dir="auto">{_text(found[0]["answer"])}{more}</p></div>')
+                           f'<p class="words" dir="auto">{said}{more}</p></div>')
         if wanted:
             wanted = ('<div class="answer wanted"><p class="soft small">wanted</p>'
                       f'<p class="words" dir="auto">{_text(wanted)}</p></div>')
@@ -280,10 +281,10 @@ def _hardest(history):
     step, most = found.get("result", found["step"]), max(record["loss"] for record in found["hardest"]) or 1
     rows = "".join(
         f'<tr><td><i class="meter" style="width:{60 * record["loss"] / most:.0f}px"></i>{record["loss"]:.3f}</td>'
-        f'<td>{record["tokens"]:,}</td><td class="place">{_text(record["place"])}</td>'
+        f'<td>{record["tokens"]:,}<span class="unit"> tokens</span></td><td class="place">{_text(record["place"])}</td>'
         f'<td class="words" dir="auto">{_text(record["text"])}</td></tr>' for record in found["hardest"])
     return (f'<section><h2>Held-out records with the highest loss <span class="soft small">at step {step:,}'
-            '</span></h2><div class="card scroll"><table><thead><tr><th>loss</th><th>tokens</th><th>record</th>'
+            '</span></h2><div class="card scroll stack"><table><thead><tr><th>loss</th><th>tokens</th><th>record</th>'
             f'<th>its answers begin</th></tr></thead><tbody>{rows}</tbody></table></div></section>')
 
 
@@ -299,7 +300,8 @@ main{max-width:1160px;margin:0 auto;padding:clamp(16px,4vw,40px)}
 h1,h2,h3,p{margin:0}
 h1{font-size:clamp(22px,4vw,30px);line-height:1.2;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:18px;margin:36px 0 12px}
-h3{font-size:14px;font-weight:600;margin:0 0 10px}
+h3{font-size:14px;font-weight:600;margin:0 0 12px;display:flex;flex-wrap:wrap;justify-content:space-between;
+gap:4px 16px}
 pre+h3{margin-top:20px}
 .soft{color:var(--soft);font-weight:400}.small{font-size:13px}
 .kicker{font-size:12px;letter-spacing:.08em;text-transform:uppercase;color:var(--soft)}
@@ -332,14 +334,14 @@ white-space:nowrap}
 .ylabels{width:44px}.ylabels span{position:absolute;right:0;transform:translateY(-50%);white-space:nowrap}
 .xlabels{grid-column:2;height:20px}.xlabels span{position:absolute;top:4px;transform:translateX(-50%)}
 .xlabels span:first-child{transform:none}.xlabels span:last-child:not(:first-child){transform:translateX(-100%)}
-.legend{float:right;display:flex;flex-wrap:wrap;gap:2px 14px;font-weight:400;font-size:12.5px;color:var(--soft)}
+.legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-weight:400;font-size:12.5px;color:var(--soft)}
 .legend span{display:flex;align-items:center;gap:6px}
 .legend i{width:14px;height:0;border-top:2px solid var(--main)}.legend i.faint{opacity:.4}
 .legend i.eval{border-color:var(--eval)}.legend i.resumed{border-top:2px dashed var(--good)}
 .legend i.saved{width:0;height:9px;border-left:2px solid var(--soft);border-top:0}
 .words{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext}
 .question{font-weight:600;margin-bottom:12px;max-height:12em;overflow:auto}
-.answers{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(min(230px,75vw),1fr);gap:10px;overflow-x:auto;
+.answers{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(min(190px,75vw),1fr);gap:10px;overflow-x:auto;
 padding-bottom:4px}
 .answer{border-left:3px solid var(--line);padding:2px 12px;max-height:22em;overflow:auto}
 .answer.wanted{border-color:var(--good);max-height:12em;margin-bottom:12px}
@@ -352,6 +354,11 @@ tr+tr td{border-top:1px solid var(--line)}
 td.words{white-space:normal;min-width:260px;padding-right:0}
 .place{font:12.5px/1.8 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .meter{display:inline-block;height:8px;border-radius:4px;background:var(--eval);margin-right:8px;opacity:.75}
+.unit{display:none}
+@media(max-width:640px){.unit{display:inline}.stack thead{display:none}.stack tr{display:block;padding:8px 0}
+.stack tr+tr{border-top:1px solid var(--line)}
+.stack tr td{display:inline-block;border:0;padding:0 12px 0 0;white-space:normal;overflow-wrap:anywhere}
+.stack tr td.words{display:block;min-width:0}}
 pre{margin:0;font:12.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"Noto Sans Mono CJK SC",monospace;
 overflow-x:auto;background:var(--bg);border-radius:8px;padding:12px}
 pre.wrap{white-space:pre-wrap;overflow-wrap:anywhere}

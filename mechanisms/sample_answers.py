@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mechanisms import strategies
+from mechanisms.console import say
 from mechanisms.data.encoder import IGNORED
 from mechanisms.data.records import Notices
 from mechanisms.data.shapes import BadRecord
@@ -31,14 +33,19 @@ class Question(NamedTuple):
     wanted: str | None = None
 
 
-def questions(file, tokenizer, dataset, system):
+def questions(training_args, tokenizer, dataset, system):
     """-> list of Question: those of --sample_prompts, or where that is not given those of the evaluation data, if any.
 
     Raises UserError.
     """
-    if file is None:
-        return held_out_questions(dataset, tokenizer) if dataset else []
-    return [] if file.lower() == "none" else read_questions(file, tokenizer, system)
+    file = training_args.sample_prompts
+    if file:
+        return [] if file.lower() == "none" else read_questions(file, tokenizer, system)
+    if dataset and strategies.is_sharded(training_args):
+        say(f"note: no sample answers in the report: under {strategies.strategy_name(training_args)} each of their "
+            "tokens gathers all weights once. --sample_prompts FILE asks for them all the same")
+        return []
+    return held_out_questions(dataset, tokenizer) if dataset else []
 
 
 def read_questions(path, tokenizer, system=None):

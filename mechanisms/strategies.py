@@ -86,6 +86,12 @@ def strategy_name(training_args):
     return "FSDP" if training_args.fsdp else "DDP" if training_args.world_size > 1 else "one process"
 
 
+def is_sharded(training_args):
+    """Whether no rank holds all weights."""
+    deepspeed = _deepspeed(training_args)
+    return bool(training_args.fsdp or deepspeed and deepspeed.is_zero3())
+
+
 def memory_setup(config, adapter, nf4, training_args):
     """-> `mechanisms.memory.Setup`, which explains config, adapter and nf4. FSDP is taken for DDP, which needs more."""
     compute, deepspeed = compute_dtype(training_args), _deepspeed(training_args)
@@ -127,7 +133,7 @@ def impossible(training_args, lora_args):
         problems.append("--use_liger_kernel needs a GPU: leave it out")
     elif training_args.use_liger_kernel and not is_liger_kernel_available():
         problems.append("--use_liger_kernel: pip install liger-kernel first")
-    if lora_args.q_lora and (training_args.fsdp or deepspeed and deepspeed.is_zero3()):
+    if lora_args.q_lora and is_sharded(training_args):
         flag = "--fsdp" if training_args.fsdp else f"--deepspeed {training_args.deepspeed}"
         problems.append(f"{flag}: weights quantized for --q_lora cannot be sharded. Use ds_config_zero2.json (each GPU "
                         "holds the 4-bit model), or --use_lora with ds_config_zero3.json")

@@ -49,6 +49,7 @@ def cell_argv(strategy, method, model, out, cache_dir):
             "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", accumulation,
             "--learning_rate", "5e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", 2, "--weight_decay", 0.1,
             "--eval_ratio", 0.2, "--per_device_eval_batch_size", 5,  # 12 samples: ranks have not equally many
+            "--sample_prompts", "none",  # tests/ranks/test_report.py has them
             *METHODS[method], *(["--deepspeed", config] if config else [])]
     return [str(word) for word in argv]
 
