@@ -462,7 +462,7 @@ def read_model_folder(model_args, training_args, lora_args):
     return config, load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
 
 
-def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer, dataset):
+def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer, dataset, eval_dataset):
     """-> `fitting.Plan` of this run."""
     def lora():
         network = empty_network(config)
@@ -478,7 +478,9 @@ def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer
         items=training_args.per_device_train_batch_size, accumulation=training_args.gradient_accumulation_steps,
         longest=functools.partial(longest_row, dataset, training_args.model_max_length),
         certain=dataset.lengths is not None,
-        limit=training_args.memory_limit and training_args.memory_limit * 1e9, lora=lora)
+        limit=training_args.memory_limit and training_args.memory_limit * 1e9, lora=lora,
+        evaluated=eval_dataset and functools.partial(longest_row, eval_dataset, training_args.model_max_length),
+        evaluation_items=training_args.per_device_eval_batch_size)
 
 
 def add_adapter(model, adapter, training_args, lora_args):
@@ -549,7 +551,7 @@ def run(model_args, data_args, training_args, lora_args, command):
     if checkpoint and training_args.trained_weights == "auto":
         training_args.trained_weights = checkpoints.read_manifest(checkpoint, "sizes").get("trained weights", "fp32")
     plan, why = fitting.decide(plan_memory(
-        model_args, training_args, lora_args, config, adapter, tokenizer, train_dataset))
+        model_args, training_args, lora_args, config, adapter, tokenizer, train_dataset, eval_dataset))
     training_args.activation_checkpointing = training_args.gradient_checkpointing = plan.checkpointing
     training_args.trained_weights = "bf16" if plan.setup.frugal else "fp32"
     run_facts = facts.run_facts(arguments, train_dataset, config, tokenizer)

@@ -16,6 +16,7 @@ from mechanisms.paths import checkpoints_in
 
 MANY = 2, 4, 8, 16  # GPUs that are offered where one machine has too few
 BREAK = "\n       "
+MORE_IN_EVALUATION = "more in evaluation"
 
 
 class Plan(NamedTuple):
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
         limit: --memory_limit, in bytes; None: what is free.
         lora: gives peft's LoraConfig of --use_lora without other flags, for a run that trains all weights.
         frugal: `setup` with weights in bf16 (mechanisms/frugal.py), to be taken where the other does not fit; or None.
+        evaluated, evaluation_items: as longest and items, of the evaluation data; None, if there are none.
     """
     setup: Setup
     checkpointing: bool | None
@@ -41,6 +43,8 @@ class Plan(NamedTuple):
     limit: float | None
     lora: Callable
     frugal: Setup | None = None
+    evaluated: Callable[[int], int] | None = None
+    evaluation_items: int = 1
 
     @property
     def available(self):
@@ -48,21 +52,31 @@ class Plan(NamedTuple):
 
 
 class Need(NamedTuple):
-    """Bytes on one rank: of what it holds from step to step, and beside it while a row is computed."""
+    """Bytes on one rank: of what it holds from step to step, and beside it while a row is computed, while the weights
+    are updated, and in evaluation."""
     state: memory.State
     loss: float
     stored: float
     recomputed: float
+    working: float = 0
+    update: float = 0
+    evaluation: float = 0
 
     @classmethod
     def of(cls, plan):
-        tokens = plan.longest(plan.items)
-        return cls(memory.training_state(plan.setup), memory.row_loss_bytes(plan.setup, tokens),
-                   *memory.activation_bytes(plan.setup, tokens))
+        tokens, state = plan.longest(plan.items), memory.training_state(plan.setup)
+        working = memory.working_bytes(plan.setup, state)
+        evaluation = memory.evaluation_bytes(
+            plan.setup, plan.evaluated(plan.evaluation_items)) + working[0] if plan.evaluated else 0
+        return cls(state, memory.row_loss_bytes(plan.setup, tokens),
+                   *memory.activation_bytes(plan.setup, tokens), *working, evaluation)
 
     def parts(self, checkpointing):
-        return {"weights": self.state.weights, "gradients": self.state.gradients, "optimizer": self.state.optimizer,
-                "activations": self.loss + (self.recomputed if checkpointing else self.stored)}
+        row = self.loss + (self.recomputed if checkpointing else self.stored) + self.working
+        parts = {"weights": self.state.weights, "gradients": self.state.gradients, "optimizer": self.state.optimizer,
+                 "activations": row}
+        size, name = max((self.update, "more in the update"), (self.evaluation, MORE_IN_EVALUATION))
+        return parts | ({name: size - row} if size > row else {})
 
     def total(self, checkpointing):
         return sum(self.parts(checkpointing).values())
@@ -80,7 +94,7 @@ def decide(plan, need=None):
     """
     need, available = need or Need.of(plan), plan.available
     totals = [need.total(checkpointing) for checkpointing in (False, True)]
-    least = min(totals) if plan.certain else totals[1] - need.loss - need.recomputed
+    least = min(totals) if plan.certain else sum(need.state[:3])
     shares = totals[0] / available, (least if plan.checkpointing is None else totals[plan.checkpointing]) / available
     if torch.distributed.is_initialized():
         shares = torch.tensor(shares, dtype=torch.float32, device=plan.setup.device)
@@ -118,7 +132,9 @@ def what_fits(plan, checkpointing):
         key = id(other.setup.adapter), other.setup.trained
         if key not in measured:
             measured[key] = Need.of(other)
-        need = measured[key]._replace(state=memory.training_state(other.setup))
+        state = memory.training_state(other.setup)
+        working, update = memory.working_bytes(other.setup, state)
+        need = measured[key]._replace(state=state, working=working, update=update)
         in_ram = psutil.virtual_memory().available / max(1, torch.cuda.device_count())
         if need.total(True) <= (1 - memory.RESERVE) * plan.available and need.state.offloaded <= in_ram:
             lines.append(f"{flags}: about {_gb(need.total(True))} GB")
@@ -136,6 +152,9 @@ def _smaller_batches(plan, checkpointing):
     if plan.items > 1:
         plan = plan._replace(items=1, accumulation=plan.items * plan.accumulation)
         flags.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {plan.accumulation}")
+    if plan.evaluation_items > 1 and MORE_IN_EVALUATION in Need.of(plan).parts(True):
+        plan = plan._replace(evaluation_items=1)
+        flags.append("--per_device_eval_batch_size 1")
     return " ".join(flags), plan._replace(checkpointing=True)
 
 

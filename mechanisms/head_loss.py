@@ -40,35 +40,36 @@ class SummedCrossEntropy(torch.autograd.Function):
             chunks = -(-len(hidden) * len(weight) * 4 // chunk_bytes(device))
             step = max(1, -(-len(hidden) // max(1, chunks)))
             buffer = torch.empty(step, len(weight), device=hidden.device)
+            trains = any(ctx.needs_input_grad)
+            errors = torch.empty_like(buffer, dtype=dtype) if trains and dtype != torch.float32 else buffer
             for start in range(0, len(hidden), step):
                 chunk = slice(start, start + step)
                 states, wanted = hidden[chunk].to(dtype), targets[chunk, None]
-                logits = buffer[:len(states)]
-                _product(states, weight.T, logits)
+                logits = _product(states, weight.T, buffer[:len(states)])
                 if values is not None:
-                    logits[:, rows] = (states @ values.T).float()
+                    logits[:, rows] = _product(states, values.T, logits.new_empty(len(states), len(values)))
                 if bias is not None:
                     logits += bias
-                of_wanted = logits.gather(1, wanted)
+                log_probs = torch.log_softmax(logits, -1, out=logits)
+                of_wanted = log_probs.gather(1, wanted)
                 loss -= (1 - smoothing) * of_wanted.sum()
                 if smoothing:
-                    loss -= smoothing * logits.mean(-1).sum()
-                highest = logits.amax(-1, keepdim=True)
-                exponentials = logits.sub_(highest).exp_()
-                total = exponentials.sum(-1, keepdim=True)
-                loss += (total.log() + highest).sum()
+                    loss -= smoothing * log_probs.mean(-1).sum()
                 if each is not None:
-                    each[chunk] = (total.log() + highest - of_wanted)[:, 0]
-                if not any(ctx.needs_input_grad):
+                    each[chunk] = -of_wanted[:, 0]
+                if not trains:
                     continue
-                error = exponentials.div_(total)  # the gradient of the logits: probabilities ...
-                error.scatter_add_(1, wanted, torch.full_like(total, smoothing - 1))  # ... less what was wanted
+                # The gradient of the logits: probabilities less what was wanted, and each is rounded once.
                 if smoothing:
-                    error -= smoothing / len(weight)
+                    error = errors[:len(states)].copy_(log_probs.exp_().sub_(smoothing / len(weight)))
+                else:
+                    error = torch.exp(log_probs, out=errors[:len(states)])
+                share = 1 - smoothing + smoothing / len(weight)
+                error.scatter_(1, wanted, (of_wanted.exp() - share).to(dtype))
                 first = start == 0
                 if grad_bias is not None:
-                    grad_bias.copy_(error.sum(0)) if first else grad_bias.add_(error.sum(0))
-                error = error.to(dtype)
+                    of_bias = error.sum(0, dtype=torch.float32)
+                    grad_bias.copy_(of_bias) if first else grad_bias.add_(of_bias)
                 if values is not None:
                     of_rows = error[:, rows]
                     error[:, rows] = 0
@@ -90,11 +91,21 @@ class SummedCrossEntropy(torch.autograd.Function):
 
 
 def _product(left, right, out, add=False):
-    """out (fp32) = left @ right, or out += left @ right; multiplied in their own precision."""
+    """out (fp32) = left @ right, or out += left @ right; multiplied in their own precision. -> out"""
     if left.dtype == torch.float32:
-        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
-    else:
-        out.add_(left @ right) if add else out.copy_(left @ right)
+        return torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    if has_fp32_sums(left.device.type):
+        exact = {"out_dtype": torch.float32, "out": out}
+        return torch.addmm(out, left, right, **exact) if add else torch.mm(left, right, **exact)
+    return out.add_(left @ right) if add else out.copy_(left @ right)
+
+
+def has_fp32_sums(device_type):
+    """Whether torch has matrix products of 16-bit numbers whose sums stay in fp32: on NVIDIA's GPUs.
+
+    Nothing is rounded then and no copy made; in fp16, sums above 65,504 are no overflow.
+    """
+    return device_type == "cuda" and torch.version.hip is None
 
 
 def output_linear(model):
@@ -118,11 +129,13 @@ def loss_bytes(model, tokens, compute, device_type):
     if not found:  # logits, probabilities and gradient, all of them at once
         return 3 * 4 * tokens * model.config.vocab_size
     weight = found[1].weight
-    # A chunk of logits; in 16 bits the products and their errors stand beside it.
-    total = min(4 * tokens * len(weight), chunk_bytes(device_type)) * (1 if compute == torch.float32 else 2)
+    # A chunk of logits; in 16 bits their gradients stand beside it, and products that are copied.
+    rounded = 0 if compute == torch.float32 or has_fp32_sums(device_type) else compute.itemsize
+    beside = rounded + (0 if compute == torch.float32 else compute.itemsize)
+    total = min(4 * tokens * len(weight), chunk_bytes(device_type)) * (1 + beside / 4)
     total += 4 * tokens * weight.shape[1]  # gradient of the output
-    if weight.requires_grad:  # its gradient, and in 16 bits a chunk's product that is added to it
-        total += weight.numel() * (4 if compute == torch.float32 else 4 + compute.itemsize)
+    if weight.requires_grad:  # its gradient, and a chunk's product that is added to it
+        total += weight.numel() * (4 + rounded)
     return total + (0 if weight.dtype == compute else weight.numel() * compute.itemsize)
 
 

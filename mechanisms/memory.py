@@ -1,7 +1,7 @@
 """How much memory training takes on each rank.
 
 The model's config is enough: its network is built without content, and nothing is loaded. What is not counted are
-fragmentation, the buffers of collectives, and the weights that ZeRO-3 gathers for the layers at work.
+fragmentation, NCCL's buffers, and what CUDA itself takes (`available_bytes` is without it).
 """
 
 import contextlib
@@ -22,6 +22,9 @@ from mechanisms.linear_attention import keep_within_samples
 from mechanisms.lora import empty_network, last_parts, layers_of
 
 RESERVE = 0.15  # share of the memory that is kept for what is not counted
+# Elements, as the ds_config files say and most others: of each of the two buffers in which ZeRO-1 and -2 reduce
+# gradients, and of the weights that ZeRO-3 gathers, or updates, at a time.
+BUCKET, AT_A_TIME = 200_000_000, 1_000_000_000
 
 
 class Setup(NamedTuple):
@@ -81,8 +84,8 @@ def training_state(setup, built=None):
 
     DeepSpeed keeps an fp32 copy of what is trained, divided among the ranks as the optimizer's state is, and if that is
     offloaded an fp32 gradient too; from stage 2 on the gradients are divided, in stage 3 the weights (Rajbhandari et
-    al., ZeRO, arXiv:1910.02054, section 5). DDP's buckets are the gradients (see `SafeTrainer`), but where a step has
-    several batches: those of all but the last lie beside them.
+    al., ZeRO, arXiv:1910.02054, section 5). It adds gradients up in fp32, as the ds_config files ask. DDP's buckets are
+    the gradients (see `SafeTrainer`), but where a step has several batches: those of all but the last lie beside them.
     """
     network, packed = built or network_of(setup)
     embeddings = {module.weight for module in network.modules() if isinstance(module, torch.nn.Embedding)}
@@ -96,7 +99,8 @@ def training_state(setup, built=None):
     for parameter in network.parameters():
         weights += packed.get(parameter, parameter.nbytes)
         if parameter.requires_grad:
-            gradients += parameter.nbytes
+            summed_here = deepspeed and not setup.offload_optimizer
+            gradients += 4 * parameter.numel() if summed_here else parameter.nbytes
             copies += deepspeed * (8 if setup.offload_optimizer else 4) * parameter.numel()
             moments += parameter.numel() * optimizer_bytes(
                 of_embeddings if parameter in embeddings else optim, setup.optim_args)
@@ -131,6 +135,20 @@ def optimizer_bytes(optim, optim_args=None):
     return (numbers[name] + momentum) * (1 + 4 / 256 if "8bit" in optim else 4)
 
 
+def working_bytes(setup, state):
+    """(in the passes of a row, in the update of the weights): what is held for a while beside the State."""
+    if setup.device.type == "cpu":  # where buffers take no memory before they are filled
+        return 0, 0
+    if setup.stage == 3:  # of weights that are updated together, it makes one piece of the gradients
+        sizes = [parameter.numel() for parameter in empty_network(setup.config).parameters()]
+        gathered = min(sum(sizes), max(AT_A_TIME, *sizes)) * setup.compute.itemsize
+        return gathered, 0 if setup.offload_optimizer else min(state.gradients, 4 * AT_A_TIME)
+    if setup.stage:
+        return 2 * BUCKET * setup.compute.itemsize, 0
+    # torch's AdamW, where it is not the fused one, takes the roots of all second moments at once.
+    return 0, state.optimizer / 2 if setup.optim == "adamw_torch" and setup.stage is None else 0
+
+
 def row_loss_bytes(setup, tokens):
     """The most that the loss of a row takes, if all its tokens are trained: when its activations are all there."""
     return loss_bytes(network_of(setup, 1)[0], tokens, setup.compute, setup.device.type)
@@ -143,26 +161,39 @@ def activation_bytes(setup, tokens):
     all are alike), on short and on longer rows, on tensors that have no content, and all that autograd saves is added
     up. It grows linearly with layers and tokens.
     """
-    short, long, period = 128, 256, _period(setup)
-    runs = {(layers, length): _run(setup, layers, length) for layers in (period, 2 * period)
-            for length in (short, long)}
-
-    def at(tokens, layers):
-        first, second = (runs[layers * period, length][0] for length in (short, long))
-        return first + (second - first) * (tokens - short) / (long - short)
-
-    def layer(tokens):
-        return (at(tokens, 2) - at(tokens, 1)) / period
-
-    layers, unpacked = setup.config.num_hidden_layers, 0
+    layers, unpacked, period = setup.config.num_hidden_layers, 0, _period(setup)
+    first_period, layer, handed_on = _layers(setup, period)
     if gptq.is_gptq(setup.config):  # the kernel unpacks a layer's weights, and autograd keeps what it made of them
         unpacked = sum(weight.numel() for weight in network_of(setup, 1)[1]) * setup.compute.itemsize
     # Checkpointed, there are the inputs of all layers and the one layer at work (of a period: the mean of its
     # layers). What does not grow with the row are copies of trained weights: autocast keeps those of all layers until
     # the forward pass ends.
-    inputs = layers * tokens * runs[period, long][1] / long
-    return (at(tokens, 1) + (layers - period) * layer(tokens) + layers * unpacked,
-            at(tokens, 1) - (period - 1) * layer(tokens) + (layers - 1) * layer(0) + inputs + unpacked)
+    inputs = layers * tokens * handed_on
+    return (first_period(tokens) + (layers - period) * layer(tokens) + layers * unpacked,
+            first_period(tokens) - (period - 1) * layer(tokens) + (layers - 1) * layer(0) + inputs + unpacked)
+
+
+def evaluation_bytes(setup, tokens):
+    """The most that evaluation takes for a row of so many tokens: nothing is kept for a backward pass, so there is the
+    layer at work, or the loss."""
+    network = _network(setup, 1)[0].requires_grad_(False)
+    layer = _layers(setup, _period(setup))[1](tokens)
+    return max(layer, loss_bytes(network, tokens, setup.compute, setup.device.type))
+
+
+def _layers(setup, period):
+    """(tokens -> bytes that autograd saves of a row in the first `period` layers, and on average in each further one;
+    bytes of a token that one layer hands to the next)."""
+    short, long = 128, 256
+    runs = {(layers, length): _run(setup, layers, length) for layers in (period, 2 * period)
+            for length in (short, long)}
+
+    def at(tokens, layers):
+        first, second = (runs[layers, length][0] for length in (short, long))
+        return first + (second - first) * (tokens - short) / (long - short)
+
+    return (lambda tokens: at(tokens, period), lambda tokens: (at(tokens, 2 * period) - at(tokens, period)) / period,
+            runs[period, long][1] / long)
 
 
 def _period(setup):

@@ -316,6 +316,14 @@ if trainer.args.process_index == 0:
     assert len(digests) == 2 and digests[0] == digests[1] and losses == pytest.approx(of_one, rel=1e-2)
 
 
+def test_small_gradients_of_many_batches_are_not_lost_under_deepspeed(tmp_path):
+    """16 batches in bf16, one with a gradient of 256 and 15 with 0.5, which a sum in bf16 would leave out."""
+    configs, result = sorted(map(str, ROOT.glob("ds_config_*.json"))), tmp_path / "sums.json"
+    run = torchrun([ROOT / "tests/ranks/sums.py", result, *configs], CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads(result.read_text()) == dict.fromkeys(configs, 256 + 15 * 0.5) and len(configs) == 4
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_under_fsdp_is_that_of_the_whole_model(make_model, tmp_path, tied):
     """--fsdp needs a GPU; its wrapping does not."""

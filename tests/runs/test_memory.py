@@ -2,16 +2,20 @@
 
 import itertools
 import re
+import statistics
 
 import pytest
 import torch
 
 import finetune
 from examples.make_tiny_model import EXAMPLES
-from mechanisms import fitting, head_loss, memory
+from mechanisms import fitting, frugal, head_loss, memory
 from mechanisms.errors import UserError
 from mechanisms.flags import prepare_command_line
+from mechanisms.memory import Setup
 from mechanisms.trainer import SafeTrainer
+from tests import published_memory
+from tests.published_memory import PUBLISHED
 
 METHODS = {"full": [], "LoRA": ["--use_lora"], "LoRA, base": ["--use_lora"], "Q-LoRA": ["--q_lora"]}
 
@@ -79,6 +83,52 @@ def test_what_a_row_takes_is_what_a_real_step_takes(train_one_step, method, prec
     real = peak_bytes(lambda: trainer.training_step(trainer.model, row))
     counted = memory.activation_bytes(setup, tokens)[checkpointing] + memory.row_loss_bytes(setup, tokens)
     assert counted == pytest.approx(real, rel=0.4 if checkpointing else 0.07)
+
+
+# -- what is published ------------------------------------------------------------------------------------------------
+
+CUDA = 0.8  # GB that the process holds beside torch's memory: CUDA and its libraries
+
+
+def test_estimates_of_the_originals_recipe_are_what_was_measured(capsys):
+    """Its program trains in bf16 throughout (moments of AdamW too, gradients of DeepSpeed's batches too), and takes the
+    loss from full logits: three of them in fp32 at a time, or four in fp16, which has no autocast, under DeepSpeed."""
+    errors = []
+    for (size, method, gpus), measured in PUBLISHED.items():
+        stage = 3 if gpus > 1 or method == "full" else 2 if method == "Q-LoRA" else None
+        setup = Setup(published_memory.config(size, method == "Q-LoRA"),
+                      None if method == "full" else published_memory.adapter("emb" in method), ranks=gpus,
+                      stage=stage, trained=torch.bfloat16, optim="adamw_torch", accumulates=True)
+        state = memory.training_state(setup)
+        working, update = memory.working_bytes(setup, state)
+        if stage:  # in the update gradients lie beside their copies in fp32
+            held, logit, update = state.weights + state.gradients / 2 + state.optimizer, 8, 1.5 * update
+        else:
+            held, logit = state.weights + state.gradients + state.optimizer / 2, 12
+        activations = {tokens: memory.activation_bytes(setup, tokens)[1] for tokens in (0, 8192)}
+        for tokens, gb in zip(published_memory.TOKENS, measured):
+            row = activations[0] + (activations[8192] - activations[0]) * tokens / 8192
+            row += working + logit * tokens * setup.config.vocab_size
+            estimate = gpus * ((held + max(row, update)) / 1e9 + CUDA)
+            errors.append(abs(estimate / gb - 1))
+            with capsys.disabled():
+                print(f"{size:5}{method:11}{tokens:5} tokens: {estimate:6.1f} GB, measured {gb:6.1f}: {errors[-1]:.0%}")
+    assert statistics.median(errors) < 0.1 and max(errors) < 0.2
+
+
+@pytest.mark.parametrize("size, method, limit", [
+    ("1.8B", "full", 24), ("7B", "LoRA", 24), ("14B", "Q-LoRA", 24), ("1.8B", "full", 80), ("7B", "full", 80),
+    ("14B", "LoRA", 80), ("72B", "Q-LoRA", 80)])
+def test_what_the_original_documents_as_fitting_on_one_gpu_fits(size, method, limit, capsys):
+    """With rows of 512 tokens, by our recipe."""
+    plain = Setup(published_memory.config(size, method == "Q-LoRA"),
+                  None if method == "full" else published_memory.adapter(), accumulates=True)
+    plan = fitting.Plan(plain, None, 1, 16, lambda items: 512 * items, True, limit * 1e9, published_memory.adapter,
+                        frugal.setup(plain) if method == "full" else None)
+    decided, line = fitting.decide(plan)
+    with capsys.disabled():
+        print(f"{size} {method} on {limit} GB: {line}")
+    assert fitting.Need.of(decided).total(decided.checkpointing) < (1 - memory.RESERVE) * limit * 1e9
 
 
 # -- what does not fit ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Everything between, ours and torch's Python, is what runs on a card.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 from finetune import TrainingArguments, parse_arguments
-from mechanisms import attention, device, gptq
+from mechanisms import attention, device, gptq, head_loss
 from mechanisms.attention import WITHIN_SAMPLES, best_attention, has_flash_attention, within_samples
 from mechanisms.errors import UserError
 
@@ -234,3 +236,87 @@ def test_a_gptq_model_answers_by_a_kernel_that_is_named(bits, backend):
     config = types.SimpleNamespace(quantization_config={"bits": bits, "backend": "gptq_torch"})
     gptq.name_backend(config)
     assert config.quantization_config["backend"] == "gptq_torch"
+
+
+# -- the loss of the output layer -------------------------------------------------------------------------------------
+
+class Moved(TorchDispatchMode):
+    """The bytes that operations read and write, without views and the few that gather and scatter choose."""
+
+    NOT_COUNTED = torch.ops.aten.gather, torch.ops.aten.scatter_, torch.ops.aten.empty, torch.ops.aten.empty_like
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        result = function(*arguments, **options)
+        if not function.is_view and function.overloadpacket not in self.NOT_COUNTED:
+            read = [each for each in arguments if torch.is_tensor(each)]
+            self.bytes += sum(each.nbytes for each in (*read, result) if torch.is_tensor(each))
+        return result
+
+
+@pytest.fixture
+def fp32_sums(monkeypatch):
+    """torch's products of 16-bit matrices with sums in fp32, which there are on GPUs only; one operation each."""
+    plain = {"mm": torch.mm, "addmm": torch.addmm}
+
+    def product(name, *matrices, out_dtype=None, out):
+        if out_dtype is None:
+            return plain[name](*matrices, out=out)
+        assert out_dtype == out.dtype == torch.float32 and {each.dtype.itemsize for each in matrices[-2:]} == {2}
+        modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Moved)]
+        with _disable_current_modes():
+            for mode in modes:
+                mode.bytes += sum(each.nbytes for each in (*matrices, out))
+            return out.copy_(plain[name](*(each.float() for each in matrices)))
+
+    monkeypatch.setattr(head_loss, "has_fp32_sums", lambda device_type: True)
+    for name in plain:
+        monkeypatch.setattr(torch, name, functools.partial(product, name))
+
+
+def summed_loss(hidden, weight, targets, dtype, trained=True, smoothing=0.0):
+    """(loss, gradients of hidden and, if it is trained, of weight), of the same rounded numbers in any dtype."""
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(torch.float32 if trained else dtype)
+    weight.requires_grad_(trained)
+    loss = head_loss.SummedCrossEntropy.apply(hidden, weight, None, None, None, targets, smoothing)
+    return loss.item(), *torch.autograd.grad(loss, [hidden, weight] if trained else [hidden])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_in_16_bits_is_that_in_32(fp32_sums, dtype, smoothing, monkeypatch):
+    """Of the same numbers: logits and sums are not rounded, only their gradient is, once; in several chunks."""
+    monkeypatch.setattr(head_loss, "chunk_bytes", lambda device_type: 4 * 100 * 50)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(333, 64).to(dtype).float(), torch.randn(100, 64).to(dtype).float()
+    targets = torch.randint(100, (333,))
+    wanted = summed_loss(hidden, weight, targets, torch.float32, smoothing=smoothing)
+    found = summed_loss(hidden, weight, targets, dtype, smoothing=smoothing)
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    for gradient, exact in zip(found[1:], wanted[1:]):
+        assert (gradient.float() - exact).norm() < 4e-3 * exact.norm()
+
+
+def test_sums_in_fp16_do_not_overflow(request):
+    """A token that is wanted 200 times after states of 600: the sum is more than 65,504 before any loss scale."""
+    hidden, targets = torch.full((200, 8), 600.0), torch.zeros(200, dtype=torch.long)
+    weight = torch.zeros(10, 8)
+    assert summed_loss(hidden, weight, targets, torch.float16)[2].isinf().any()
+    request.getfixturevalue("fp32_sums")
+    gradient = summed_loss(hidden, weight, targets, torch.float16)[2]
+    assert torch.allclose(gradient, summed_loss(hidden, weight, targets, torch.float32)[2], rtol=2e-3)
+
+
+@pytest.mark.parametrize("trained, most", [(True, 22), (False, 20)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bytes_that_the_loss_moves_for_each_logit(fp32_sums, dtype, trained, most):
+    """4 for the product, 8 for log_softmax in place, 6 for the gradient, 2 for each product with that."""
+    tokens, vocabulary, size = 512, 8192, 4
+    hidden, targets = torch.randn(tokens, size), torch.randint(vocabulary, (tokens,))
+    with Moved() as moved:
+        summed_loss(hidden, torch.randn(vocabulary, size), targets, dtype, trained)
+    assert most <= moved.bytes / (tokens * vocabulary) < most + 1
