@@ -176,7 +176,7 @@ def activation_bytes(setup, tokens):
 def evaluation_bytes(setup, tokens):
     """The most that evaluation takes for a row of so many tokens: nothing is kept for a backward pass, so there is the
     layer at work, or the loss."""
-    network = _network(setup, 1)[0].requires_grad_(False)
+    network = network_of(setup, 1)[0].requires_grad_(False)
     layer = _layers(setup, _period(setup))[1](tokens)
     return max(layer, loss_bytes(network, tokens, setup.compute, setup.device.type))
 
