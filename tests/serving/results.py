@@ -190,8 +190,8 @@ def make_others(root):
             "hybrid whole, merged LoRA": merge(train(root, "hybrid-adapter", hybrid, *LORA)),
             "hybrid text-only, full": train(root, "hybrid-text", hybrid, *FULL, "--text_only"),
             "hybrid with experts, full": train(root, "hybrid-mixture-full", hybrid_mixture, *FULL),
-            "hybrid with experts, merged LoRA on all": merge(
-                train(root, "hybrid-mixture-adapter", hybrid_mixture, *LORA, "--lora_experts"))}
+            "hybrid with experts, merged LoRA on all": merge(train(
+                root, "hybrid-mixture-adapter", hybrid_mixture, *LORA, "--lora_experts", "--learning_rate", "1e-2"))}
 
 
 @torch.inference_mode()
