@@ -1,7 +1,8 @@
 """Saved folders as programs with an older transformers read them, too: today's names and the former ones side by side.
 
 transformers 5 renamed what it writes, and 4.x, which many servers run, takes what it does not find for its default: a
-rotary base of 10,000, no template. 5 reads both; where both stand, today's name wins. Can go when nobody runs 4.x.
+rotary base of 10,000, 128 experts, no template. 5 reads both; where both stand, today's name wins. Can go when nobody
+runs 4.x.
 """
 
 import json
@@ -37,6 +38,8 @@ def _complete_config(config):
         config["torch_dtype"] = config["dtype"]
     if "use_cache" in config:
         config["use_cache"] = True  # training switches it off
+    if "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:  # else there is one for each kind of layer, which 4.x spells by model
         config.update({name: rope[name] for name in FORMER_PLACE if name in rope})

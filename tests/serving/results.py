@@ -23,6 +23,7 @@ import finetune
 import merge_lora
 import run_gptq
 from examples.make_tiny_model import example_texts, make_tiny_model, make_tokenizer
+from mechanisms.compatibility import add_former_names
 from mechanisms.flags import prepare_command_line
 from mechanisms.loading import load_to_answer
 from mechanisms.qwen1 import MODULES, convert_if_qwen1
@@ -68,6 +69,7 @@ def make_mixture(folder):
     model.generation_config = GenerationConfig.from_pretrained(plain)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(plain).save_pretrained(folder)
+    add_former_names(folder)
     return folder
 
 
@@ -188,8 +190,8 @@ def make_others(root):
             "hybrid whole, merged LoRA": merge(train(root, "hybrid-adapter", hybrid, *LORA)),
             "hybrid text-only, full": train(root, "hybrid-text", hybrid, *FULL, "--text_only"),
             "hybrid with experts, full": train(root, "hybrid-mixture-full", hybrid_mixture, *FULL),
-            "hybrid with experts, merged LoRA on all": merge(
-                train(root, "hybrid-mixture-adapter", hybrid_mixture, *LORA, "--lora_experts"))}
+            "hybrid with experts, merged LoRA on all": merge(train(
+                root, "hybrid-mixture-adapter", hybrid_mixture, *LORA, "--lora_experts", "--learning_rate", "1e-2"))}
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3NextConfig
+from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3MoeConfig, Qwen3NextConfig
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
 
 from mechanisms.compatibility import add_former_names
@@ -26,7 +26,8 @@ def as_read(config):
     (Qwen3Config(rope_parameters={**YARN, "rope_theta": 1e6}, max_position_embeddings=2048),
      {"rope_theta": 1e6, "rope_scaling": YARN}),
     (Qwen3NextConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5}),
-     {"rope_theta": 1e7, "partial_rotary_factor": 0.5, "rope_scaling": None})])
+     {"rope_theta": 1e7, "partial_rotary_factor": 0.5, "rope_scaling": None}),
+    (Qwen3MoeConfig(num_experts=4), {"num_experts": 4})])
 def test_a_config_has_both_names_and_is_read_as_before(config, former, tmp_path, caplog, monkeypatch):
     config.use_cache = False  # as it is in training
     config.save_pretrained(tmp_path)
