@@ -344,7 +344,7 @@ def peak(rank):
     open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
     model = finetune.load_model(arguments[0], arguments[2], arguments[3], config, tokenizer)
     return (kilobytes("VmHWM") - before) * 1024 / sum(weight.nbytes for weight in model.parameters())
-words = "--data_path x --use_cpu --use_lora --model_name_or_path".split()
+words = "--data_path x --use_cpu --bf16 --use_lora --model_name_or_path".split()
 arguments = finetune.parse_arguments([*words, sys.argv[1]])
 config, tokenizer = loading.load_config(sys.argv[1]), finetune.load_tokenizer(sys.argv[1])
 loading.AutoModelForCausalLM.from_pretrained = load
