@@ -431,7 +431,7 @@ def load_model(model_args, training_args, lora_args, config, tokenizer):
             model_args.model_name_or_path, config=config, cache_dir=training_args.cache_dir,
             quantization_config=quantization, attn_implementation=best_attention(training_args.device, compute),
             dtype=compute if in_compute_dtype else torch.float32,
-            device_map={"": training_args.device} if lora_args.q_lora else None)
+            device_map=strategies.device_map(training_args))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the weights in {model_args.model_name_or_path} cannot be loaded: "
                         f"{first_line(error)}") from error

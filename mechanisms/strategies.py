@@ -174,6 +174,13 @@ def join_ranks(training_args):
     return training_args.device
 
 
+def device_map(training_args):
+    """Where weights are loaded to: the device of this rank, one tensor after the other, so that the machine's memory
+    does not hold a model for each rank. None: ZeRO-3 and FSDP divide them while they are loaded."""
+    deepspeed = _deepspeed(training_args)
+    return None if training_args.fsdp or deepspeed and deepspeed.is_zero3() else {"": training_args.device}
+
+
 def leave_ranks():
     """At the end of a program: an interpreter that ends with open connections may abort, after all was done."""
     if torch.distributed.is_initialized():

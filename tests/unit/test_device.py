@@ -4,21 +4,25 @@ Everything between, ours and torch's Python, is what runs on a card.
 """
 
 import functools
+import json
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
+import finetune
 from finetune import TrainingArguments, parse_arguments
-from mechanisms import attention, device, gptq, head_loss
+from mechanisms import attention, device, gptq, head_loss, strategies
 from mechanisms.attention import WITHIN_SAMPLES, best_attention, has_flash_attention, within_samples
 from mechanisms.errors import UserError
 
 GPU = torch.device("cuda", 0)
+ROOT = Path(finetune.__file__).parent
 
 
 @pytest.fixture
@@ -320,3 +324,53 @@ def test_bytes_that_the_loss_moves_for_each_logit(fp32_sums, dtype, trained, mos
     with Moved() as moved:
         summed_loss(hidden, torch.randn(vocabulary, size), targets, dtype, trained)
     assert most <= moved.bytes / (tokens * vocabulary) < most + 1
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import json, re, sys
+import torch, finetune
+from mechanisms import loading, strategies
+plain, asked = loading.AutoModelForCausalLM.from_pretrained, []
+def load(path, device_map, **options):
+    asked.append(str(device_map))
+    return plain(path, device_map=device_map and {"": "meta"}, **options)
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+def peak(rank):
+    finetune.TrainingArguments.device = torch.device("cuda", rank)
+    before = kilobytes("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+    model = finetune.load_model(arguments[0], arguments[2], arguments[3], config, tokenizer)
+    return (kilobytes("VmHWM") - before) * 1024 / sum(weight.nbytes for weight in model.parameters())
+words = "--data_path x --use_cpu --bf16 --use_lora --model_name_or_path".split()
+arguments = finetune.parse_arguments([*words, sys.argv[1]])
+config, tokenizer = loading.load_config(sys.argv[1]), finetune.load_tokenizer(sys.argv[1])
+loading.AutoModelForCausalLM.from_pretrained = load
+peaks = [peak(0), peak(1)]
+strategies.device_map = lambda training_args: None
+print(json.dumps([asked, *peaks, peak(0)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+def test_each_rank_loads_to_its_own_device(make_model):
+    """Two ranks with a GPU each, planted ones that take no memory here: nor does the machine's, for a model that takes
+    all of its size where it is loaded into that first."""
+    model = make_model(hidden_size=1024, num_layers=4)
+    run = subprocess.run([sys.executable, "-c", PEAK, str(model)], cwd=ROOT, capture_output=True, text=True,
+                         timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    asked, *on_their_own, in_memory = json.loads(run.stdout.splitlines()[-1])
+    assert asked == [*(f"{{'': device(type='cuda', index={rank})}}" for rank in (0, 1)), "None"]
+    assert max(on_their_own) < 0.2 and in_memory > 1
+
+
+@pytest.mark.parametrize("settings, loads_to_device", [
+    ({}, True), ({"stage": 2}, True), ({"stage": 3}, False), ({"fsdp": "full_shard"}, False)])
+def test_what_is_divided_while_it_is_loaded_has_no_device(settings, loads_to_device):
+    stage = settings.get("stage")
+    deepspeed = {"hf_deepspeed_config": types.SimpleNamespace(is_zero3=lambda: stage == 3)} if stage else {}
+    arguments = types.SimpleNamespace(device=GPU, fsdp=settings.get("fsdp"), **deepspeed)
+    assert strategies.device_map(arguments) == ({"": GPU} if loads_to_device else None)
