@@ -3,6 +3,7 @@
   python chat.py output_qwen                                          # a conversation; /help lists its commands
   python chat.py output_qwen --message "Who are you?"                 # one answer, alone on stdout
   python chat.py output_qwen --do_sample False < question.txt         # the same, the message from stdin
+  python chat.py output_qwen --data held_out.jsonl                    # its questions, the wanted answers, the model's
 
 The folder may hold a whole model (fine-tuned, merged or quantized) or an adapter of any kind. An adapter is put on the
 base model it names, or on --base_model; one trained on 4-bit weights (Q-LoRA, NF4) on the 16-bit model they came from.
@@ -12,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mechanisms.data.shapes import BadRecord, parse_columns, to_conversation
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
 from mechanisms.paths import find_base
@@ -22,6 +24,12 @@ from mechanisms.quiet import silence
 class ChatArguments:
     system: str = field(default=None, metadata={"help": "System message (default: the chat template's own, if any)."})
     message: str = field(default=None, metadata={"help": "Answer this and end. Without it, and with a terminal: chat."})
+    data: list[str] = field(default=None, metadata={
+        "help": "Ask the questions of these files, and show the answers that are wanted beside the model's. Each comes "
+                "after the turns before it as the record has them. On a terminal, Enter goes on.",
+        "metavar": "PATH", "exists": "data"})
+    columns: list[str] = field(default=None, metadata={
+        "help": "Which column of --data is what, as --columns of finetune.py.", "metavar": "KEY=COLUMN"})
     base_model: str = field(default=None, metadata={
         "help": "For an adapter: where its base model is now.", "exists": "model"})
     thinking: Literal["on", "off"] = field(default=None, metadata={
@@ -58,6 +66,13 @@ def parse_arguments(argv):
             ("max_new_tokens", lambda value: value > 0, "1 or more")):
         if name in given and not good(given[name]):
             problems.append(f"--{name} {given[name]}: {allowed}")
+    if chat_args.message is not None and chat_args.data:
+        problems.append("--message and --data exclude each other: give one")
+    if chat_args.columns and not chat_args.data:
+        problems.append("--columns has no effect without --data")
+    if chat_args.columns:
+        chat_args.columns, wrong = parse_columns(chat_args.columns)
+        problems += wrong
     drawing = [f"--{name}" for name in ("temperature", "top_p", "top_k") if name in given]
     if drawing and given.setdefault("do_sample", True) is False:
         problems.append(f"{' '.join(drawing)}: no effect with --do_sample False")
@@ -74,14 +89,17 @@ if __name__ == "__main__":  # wrong flags and folders are worth knowing before t
         parse_arguments(COMMAND_LINE)
 
 import contextlib
+import json
+import os
 import re
 
 import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
-from mechanisms.data.records import Notices
-from mechanisms.data.shapes import BadRecord
+from mechanisms.console import visible
+from mechanisms.data.datasets import read_files
+from mechanisms.data.records import Notices, Problems, find_files
 from mechanisms.data.template import CLOSE, OPEN, ChatTemplate
 from mechanisms.device import runs_on_cpu
 from mechanisms.loading import load_to_answer
@@ -93,6 +111,14 @@ HELP = '''\
   /exit          end, as Ctrl-D does
   Ctrl-C         stop the answer
   """            begin and end a message of several lines; pasted text needs none'''
+
+
+BOLD, DIM = "\033[1m", "\033[2m"
+
+
+def styled(text, style, file):
+    """Text in a style, where it is shown on a terminal that is to have styles."""
+    return f"{style}{text}\033[0m" if file.isatty() and not os.environ.get("NO_COLOR") else text
 
 
 class AnswerStreamer(TextStreamer):
@@ -109,7 +135,10 @@ class AnswerStreamer(TextStreamer):
         self.said += text
         thinking, words = self.split(stream_end)
         said, self.thinking, self.words = (self.thinking, self.words), thinking, words
-        self.show_thinking(thinking[len(said[0]):] + ("\n" if thinking and words and not said[1] else ""))
+        labels = sys.stderr.isatty()  # what is piped is the thinking alone
+        begins, ends = thinking and not said[0], thinking and words and not said[1]
+        self.show_thinking("thinking:\n" * bool(labels and begins) + thinking[len(said[0]):]
+                           + ("\nanswer:\n" if labels and ends else "\n" if ends else ""))
         print(words[len(said[1]):], end="\n" if stream_end else "", flush=True)
 
     def split(self, ended):
@@ -126,8 +155,7 @@ class AnswerStreamer(TextStreamer):
 
     def show_thinking(self, text):
         if text:
-            dim, plain = ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
-            print(f"{dim}{text}{plain}", end="", file=sys.stderr, flush=True)
+            print(styled(text, DIM, sys.stderr), end="", file=sys.stderr, flush=True)
 
 
 class ChatSession:
@@ -158,10 +186,14 @@ class ChatSession:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def prompt(self, text):
-        """The conversation with this message as the model gets it. Control tokens typed by the user are plain text."""
+        """The conversation with this message as the model gets it."""
+        return self.prompt_for([*self.messages, {"role": "user", "content": text}])
+
+    def prompt_for(self, messages, tools=None):
+        """Messages as the model gets them. Control tokens in them are plain text."""
         try:
-            messages, _ = self.template.prepare([*self.messages, {"role": "user", "content": text}], None, Notices())
-            ids = self.template.ids_of(self.template.prompt(messages, None, self.mode))
+            messages, tools = self.template.prepare(messages, tools, Notices())
+            ids = self.template.ids_of(self.template.prompt(messages, tools, self.mode))
         except BadRecord as bad:
             raise UserError("; ".join(": ".join(reason) for reason in bad.args[0])) from bad
         ids = torch.tensor([ids], device=self.model.device)
@@ -172,12 +204,21 @@ class ChatSession:
 
         Raises UserError when the model has no room for more.
         """
-        prompt = self.prompt(text)
+        prompt, answer = self.prompt(text), AnswerStreamer(self.tokenizer, self.opened)
+        try:
+            self.answer(prompt, answer)
+        finally:
+            if answer.said:
+                thinking = {"reasoning_content": answer.thinking} if answer.thinking and self.keeps_thinking else {}
+                self.messages += [{"role": "user", "content": text},
+                                  {"role": "assistant", "content": answer.words, **thinking}]
+
+    def answer(self, prompt, answer):
+        """Print the answer to a prompt by `answer`, an AnswerStreamer. Raises UserError."""
         length, limit = prompt["input_ids"].shape[1], self.model.config.max_position_embeddings
         if length >= limit:
             raise UserError(f"the conversation has {length} tokens and the model holds {limit}: it must be shorter")
         longest = min(self.longest, limit - length)
-        answer = AnswerStreamer(self.tokenizer, self.opened)
         try:
             ids = self.model.generate(**prompt, max_new_tokens=longest, streamer=answer)[0, length:]
             if len(ids) == longest and ids[-1] not in self.model.generation_config.eos_token_id:
@@ -187,11 +228,6 @@ class ChatSession:
             raise
         except torch.OutOfMemoryError as error:
             raise UserError(f"out of memory after {length} tokens: the conversation must be shorter") from error
-        finally:
-            if answer.said:
-                thinking = {"reasoning_content": answer.thinking} if answer.thinking and self.keeps_thinking else {}
-                self.messages += [{"role": "user", "content": text},
-                                  {"role": "assistant", "content": answer.words, **thinking}]
 
 
 def read_message():
@@ -235,14 +271,76 @@ def converse(session):
             print(f"{error} (/reset starts over)")
 
 
+def questions_of(paths, columns, system):
+    """[(place, messages before an answer, tools, the answer)] of all answers of data files that are to be trained.
+
+    Raises UserError with all records that cannot be used.
+    """
+    problems, found = Problems(), []
+    files = find_files(paths, problems)
+    for path, share in files.items():
+        if share != 1:
+            problems.fatal.append(f"--data {path}:{share:g}: files are taken whole here")
+    for place, record in read_files(files, problems):
+        try:
+            conversation = to_conversation(record, Notices(), columns)
+        except BadRecord as bad:
+            problems.add(place, bad.args[0], record)
+            continue
+        messages, trained = conversation.messages, iter(conversation.trained)
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        found += [(place, messages[:number], conversation.tools, message) for number, message in enumerate(messages)
+                  if message["role"] == "assistant" and next(trained)]
+    problems.stop_or_skip(0)
+    return found
+
+
+def walk(session, questions, wait):
+    """Show each question of `questions_of` with the answer that is wanted and the model's; wait: for Enter in between.
+    """
+    same = asked = 0
+    for number, (place, messages, tools, wanted) in enumerate(questions, 1):
+        print(styled(f"{number} of {len(questions)} - {place.path}:{place.line}", BOLD, sys.stdout))
+        [shown] = session.template.structured([wanted], tools, Notices())
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in shown.get("tool_calls", [])]
+        for label, *parts in ((messages[-1]["role"] + ":", messages[-1]["content"]),
+                              ("wanted, thinking:", shown.get("reasoning_content") or ""),
+                              ("wanted:", shown["content"], *calls)):
+            if text := "\n".join(filter(None, parts)):
+                print(f"{styled(label, DIM, sys.stdout)}\n{visible(text)}")
+        print(styled("answered:", DIM, sys.stdout), flush=True)
+        answer = AnswerStreamer(session.tokenizer, session.opened)
+        try:
+            session.answer(session.prompt_for(messages, tools), answer)
+        except UserError as error:
+            print(f"(no answer: {error})")
+        except KeyboardInterrupt:  # ends the answer only
+            answer.end()
+            if not wait:
+                raise
+        asked += 1
+        same += not calls and answer.words.strip() == shown["content"].strip()
+        print()
+        if wait and number < len(questions):
+            try:
+                if input("(Enter: the next one, q: end) ").strip().lower() == "q":
+                    break
+            except (EOFError, KeyboardInterrupt):
+                print()
+                break
+    print(f"{same} of {asked} answers are the wanted ones, word for word")
+
+
 def main(argv):
     with user_errors_end_the_program():
         path, args, sampling = parse_arguments(argv)
+        questions = questions_of(args.data, args.columns, args.system) if args.data else None
         interactive = args.message is None and sys.stdin.isatty()
         message = args.message
-        if not interactive and message is None:
+        if questions is None and not interactive and message is None:
             message = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
-        if not interactive and not message.strip():
+        if questions is None and not interactive and not message.strip():
             raise UserError("an empty message: nothing to answer")
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
@@ -251,7 +349,9 @@ def main(argv):
             model, tokenizer = load_to_answer(path, args.base_model, args.dtype or ("auto" if gpu else "float32"),
                                     "auto" if gpu else None)
         session = ChatSession(model, tokenizer, sampling, args.system, args.thinking and args.thinking == "on")
-        if interactive:
+        if questions is not None:
+            walk(session, questions, interactive and sys.stdout.isatty())
+        elif interactive:
             print(f"{path} is listening. /help lists the commands, Ctrl-D ends.")
             converse(session)
         else:

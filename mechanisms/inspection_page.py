@@ -52,12 +52,12 @@ def write_page(path: str, viewer: Viewer, surveys: dict[str, Survey], reports: d
 
 
 def choose(found: Survey, mixed: list[int]) -> list[int]:
-    """Numbers of records: some of each kind, those that are rare first, then any."""
+    """Numbers of records, some of each kind and then any, in the order of the files."""
     chosen = {}
-    for records in sorted(found.kinds.values(), key=np.count_nonzero):
+    for records in sorted(found.kinds.values(), key=np.count_nonzero):  # those that are rare first
         chosen |= dict.fromkeys(np.flatnonzero(records)[:OF_EACH_KIND].tolist())
     chosen |= dict.fromkeys(mixed[:RECORDS])
-    return sorted(list(chosen)[:RECORDS])
+    return sorted(list(chosen)[:RECORDS], key=lambda number: found.places[number].tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -98,5 +98,6 @@ def end_at_turns(generation, tokenizer):
     """Let a generation config end answers where turns end, which a base model's does not know."""
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     if tokenizer.eos_token_id not in ends:
-        generation.eos_token_id = [tokenizer.eos_token_id, *(end for end in ends if end is not None)]
+        ends = [tokenizer.eos_token_id, *(end for end in ends if end is not None)]
+    generation.eos_token_id = ends  # a list, where a folder may have one number
     generation.pad_token_id = tokenizer.pad_token_id

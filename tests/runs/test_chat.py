@@ -74,12 +74,84 @@ def test_a_model_without_template_and_end_token(make_model, tmp_path, talk):
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
 
 
+def test_a_folder_with_one_end_token_as_a_number(make_model, tmp_path, talk):
+    """It was a TypeError, after the answer, where that was cut."""
+    folder = tmp_path / "model"
+    shutil.copytree(make_model(), folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
+    (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": end}))
+    output, errors, code = talk(folder, "--message", "Hello", "--max_new_tokens", 3)
+    assert code == 0 and output and "(cut after 3 tokens" in errors and "Traceback" not in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions of data files
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def held_out(taught, tmp_path):
+    """A file of what the adapters were taught, with one other answer, and an answer that is not trained."""
+    path, (long, answer) = tmp_path / "held.jsonl", taught[3]
+    system, right = taught[2]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (
+        [*long[:1], {**long[1], "train": False}, long[2], {"role": "assistant", "content": answer}],
+        [*taught[1][0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nsomething\x1b[31m else"}],
+        [*system, {"role": "assistant", "content": right}])))
+    return path
+
+
+def test_held_out_questions_beside_the_wanted_answers(held_out, make_adapter, taught, talk):
+    output, errors, code = talk(make_adapter("lora"), "--data", held_out)
+    first, second, third = output.split(" of 3 - ")[1:]
+    answer = taught[3][1]
+    assert first.startswith(f"{held_out}:1\nuser:\nWhat did I ask?\nwanted:\n{answer}\nanswered:\n{answer}\n")
+    assert "wanted:\n" in second and f"answered:\n{taught[1][1]}\n" in second and "\x1b" not in second
+    assert "answered:\nTilo.\n" in third  # its system message was heard
+    assert output.endswith("2 of 3 answers are the wanted ones, word for word\n") and not errors and code == 0
+
+
+def test_the_system_message_and_columns_hold_for_questions_of_files(make_adapter, talk, tmp_path):
+    path = tmp_path / "held.jsonl"
+    path.write_text(json.dumps({"asked": "Who are you?", "said": "Tilo."}))
+    output, _, code = talk(make_adapter("lora"), "--data", path, "--columns", "prompt=asked", "response=said",
+                           "--system", "Answer in one word.")
+    assert code == 0 and "1 of 1 answers are the wanted ones" in output
+
+
+def test_on_a_terminal_enter_goes_on(held_out, make_adapter):
+    terminal = Terminal(str(make_adapter("lora")), "--data", str(held_out))
+    seen = terminal.until("(Enter: the next one, q: end) ")
+    assert "1 of 3" in seen and "2 of 3" not in seen
+    terminal.type("\r")
+    assert "2 of 3" in terminal.until("(Enter: the next one, q: end) ")
+    terminal.type("q\r")
+    assert "1 of 2 answers are the wanted ones" in terminal.until("word for word")
+    assert os.waitpid(terminal.process, 0)[1] == 0
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_thinking_is_shown_apart_on_a_terminal(colours, make_model, monkeypatch, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(make_model())
+    monkeypatch.setenv("NO_COLOR", "" if colours else "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    answer = chat.AnswerStreamer(tokenizer, thinks=True)
+    for piece in ("I add", " them.\n</think>\n\n", "Three."):
+        answer.on_finalized_text(piece, stream_end=piece == "Three.")
+    output, errors = capsys.readouterr()
+    assert output == "Three.\n" and ("\x1b[2m" in errors) == colours
+    assert re.sub(r"\x1b\[\dm", "", errors) == "thinking:\nI add them.\nanswer:\n"
+
+
 @pytest.mark.parametrize("flags, message", [
     ([], "an empty message"), (["--message", " "], "an empty message"),
     (["--temperature", "0"], "--do_sample False takes"),
     (["--top_p", "1.5", "--max_new_tokens", "0"], "--max_new_tokens 0: 1 or more"),
     (["--temperature", "0.5", "--do_sample", "False"], "--temperature: no effect with --do_sample False"),
     (["--top_k", "many"], "invalid int value"),
+    (["--message", "x", "--data", __file__], "--message and --data exclude each other"),
+    (["--columns", "prompt=x", "response=y"], "--columns has no effect without --data"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--data", f"{__file__}:0.5"], "files are taken whole here"),
     (["another"], "one model or adapter to talk to, not 2"),
     (["--base_model", "x", "--message", "x"], "--base_model is for adapters"),
     (["--message", "long " * 3000], "the model holds 2048")])

@@ -284,15 +284,15 @@ def test_a_page_of_long_samples_stays_small(look, tmp_path):
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here (Debian: apt-get install chromium)")
 def test_a_browser_shows_the_page(look, tmp_path):
-    data = write(tmp_path / "data.jsonl", [*HOSTILE, messages("word " * 300, "never reached")])
+    data = write(tmp_path / "data.jsonl", [messages("word " * 300, "never reached"), *HOSTILE[1:]])
     page = tmp_path / "page.html"
     look(data, "--html", page, "--skip_bad_rows", 1, "--model_max_length", 256)
     done = subprocess.run([CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom",
                            f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=3000", page.as_uri()],
                           capture_output=True, text=True, timeout=120)
     dom = re.sub("(?s)<script.*?</script>", "", done.stdout)
-    assert "<title>What will be trained</title>" in dom and dom.count('<article class="card"') == 9
-    assert dom.count("same as the prompt that inference builds") == dom.count('<details class="check"') >= 6
+    assert "<title>What will be trained</title>" in dom and dom.count('<article class="card"') == 8
+    assert dom.count("✓ same as the prompt that inference builds") == dom.count('<details class="check"') == 6
     assert "&lt;script&gt;document.title = 'broken in'&lt;/script&gt;" in dom and "<img" not in dom
     assert "\u202e" not in dom and "\\u{202e}" in dom
     assert 'class="t on"' in dom and 'class="t cut"' in dom and 'class="t on control"' in dom
