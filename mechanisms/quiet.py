@@ -5,6 +5,7 @@ Everything here names its reason and when it can go.
 
 import logging
 import os
+import re
 import sys
 import warnings
 
@@ -25,6 +26,11 @@ def silence():
     # accelerator keeps it from looking.
     if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").addFilter(  # where there is one, and CUDA_VISIBLE_DEVICES hides it
+        lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+    # huggingface_hub says two lines for each of up to a dozen tries to reach a hub that is not there.
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_one_line_of_retries())
 
     # On CPUs with bfloat16 instructions bitsandbytes remarks that it has not found a package with other kernels.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -42,3 +48,22 @@ def silence():
     # Trainer leaves gradient accumulation to DeepSpeed, and accelerate remarks on it in every run.
     logging.getLogger("accelerate.accelerator").addFilter(
         lambda record: "Gradient accumulation steps mismatch" not in record.getMessage())
+
+
+def _one_line_of_retries():
+    """A logging filter: of all tries to reach a hub the first one is told, by the first rank."""
+    told = int(os.environ.get("RANK", 0)) > 0
+
+    def passes(record):
+        nonlocal told
+        text = record.getMessage()
+        if not ("thrown while requesting" in text or "Retrying in" in text):
+            return True
+        if told:
+            return False
+        told = True
+        hub = re.search(r"https?://[^/\s]+|$", text)[0] or "the hub"
+        record.msg, record.args = f"note: no answer from {hub}: trying again for a minute", ()
+        return True
+
+    return passes

@@ -35,7 +35,8 @@ def _write(line):
 
 
 def end_at_once(request):
-    line = "interrupted" if request == REQUESTS[signal.SIGINT] else f"ended by {name_of(request)}"
+    line = ("interrupted: the same command resumes" if request == REQUESTS[signal.SIGINT] else
+            f"ended by {name_of(request)}")
     try:
         if first_to_fail(line):
             _write(line)

@@ -173,7 +173,7 @@ def test_output_that_nobody_reads_any_more_is_no_reason_not_to_save(start, argum
 
 @pytest.mark.parametrize("receiver, number, code, line", [
     ("launcher", signal.SIGTERM, 143, "ended by SIGTERM"),
-    ("rank", signal.SIGINT, 130, "interrupted"),
+    ("rank", signal.SIGINT, 130, "interrupted: the same command resumes"),
     ("all", signal.SIGUSR2, 0, "ended by SIGUSR2"),
 ])
 def test_before_the_first_step_a_signal_ends_at_once(start, folder, receiver, number, code, line):

@@ -14,6 +14,7 @@ from examples.make_tiny_model import EXAMPLES
 from mechanisms import console
 from mechanisms.progress import ProgressLines, duration
 
+ROOT = os.path.dirname(finetune.__file__)
 COLUMNS = 80
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -104,6 +105,19 @@ def test_the_flag_that_was_given_is_remarked_on(make_model, cache_dir, tmp_path,
     assert "2048" not in capsys.readouterr().out.partition("Training:")[0]
     finetune.train([*words, "--model_max_length", "4096"])
     assert "--model_max_length 4096 is more than the model's 2048 positions: 2048 is used" in capsys.readouterr().out
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
+    """And the error after it. (The second try would come after a second; only its words are looked at here.)"""
+    code = ("import logging\nfrom mechanisms.quiet import silence\nsilence()\n"
+            "from huggingface_hub.utils import _http\n"
+            "for number in range(1, 6):\n"
+            "    _http.logger.warning(\"'no route' thrown while requesting HEAD https://hub.test/a/b.json\")\n"
+            "    _http.logger.warning(f'Retrying in {number}s [Retry {number}/5].')\n"
+            "_http.logger.warning('another matter')\n")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stderr.splitlines() == ["note: no answer from https://hub.test: trying again for a minute",
+                                       "another matter"]
 
 
 def test_the_metrics_are_json_without_infinity(tmp_path):

@@ -207,7 +207,7 @@ def test_the_estimate_of_activations_is_what_autograd_saves(train, flags, precis
 
 def test_gradient_checkpointing_auto(train, monkeypatch, capsys):
     trainer = train("--max_steps", 1, "--use_lora")
-    assert "gradient checkpointing is off" in capsys.readouterr().out
+    assert "gradient checkpointing" not in capsys.readouterr().out  # nothing was decided that costs anything
     assert not trainer.model.get_base_model().model.layers[0].gradient_checkpointing
     monkeypatch.setattr(memory, "RESERVE", 0.99)
     trainer = train("--max_steps", 1, "--use_lora", "--memory_limit", 0.1)
