@@ -36,7 +36,19 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from mechanisms import checkpoints, compilation, console, dry_run, facts, fitting, frugal, strategies, summary, trials
+from mechanisms import (
+    checkpoints,
+    compilation,
+    console,
+    dry_run,
+    facts,
+    fitting,
+    frugal,
+    publish,
+    strategies,
+    summary,
+    trials,
+)
 from mechanisms.attention import best_attention
 from mechanisms.console import say
 from mechanisms.data.datasets import PackedRows, check_records, load_dataset, split
@@ -184,6 +196,13 @@ class TrainingArguments(transformers.TrainingArguments):
     loss_spike_factor: float = field(default=None, metadata={
         "help": "Name the records of a step whose loss is more than this many times the median of the (10 to 50) steps "
                 "before it."})
+    push_to_hub: bool = field(default=False, metadata={
+        "help": "Upload the finished result, and nothing else, to the Hugging Face Hub. (The token is that of hf auth "
+                "login, or HF_TOKEN.)"})
+    hub_model_id: str | None = field(default=None, metadata={
+        "help": "Its name there, as USER/NAME or NAME (default: that of --output_dir).", "metavar": "NAME"})
+    hub_private_repo: bool | None = field(default=None, metadata={
+        "help": "Make the repository private.", "nargs": "?", "const": True})
     # Trainer's default replaces a NaN loss by the average before it: a dead run would look alive.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses (never wanted).", "hidden": True})
@@ -205,6 +224,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.auto_checkpointing, self.activation_checkpointing = asked == "auto", asked == "true"
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # as transformers does for --load_best_model_at_end
+        self.uploads, self.push_to_hub = self.push_to_hub, False  # by us, once: see mechanisms/publish.py
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file gets plain lines
         super().__post_init__()
@@ -529,6 +549,9 @@ def run(model_args, data_args, training_args, lora_args):
     with checks:
         checkpoint, notices = strategies.by_first_rank(lambda: checkpoints.checkpoint_to_resume(
             training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
+    if training_args.uploads:
+        with checks:
+            strategies.by_first_rank(publish.check_account)
     notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
     notices += compilation.clear_locks() if training_args.deepspeed else []
     notices += trials.without_effect(training_args)
@@ -561,6 +584,10 @@ def run(model_args, data_args, training_args, lora_args):
 
     if training_args.auto_checkpointing or plan.setup.frugal:
         say(f"note: {why}")
+    repository = None
+    if training_args.uploads and not training_args.dry_run:
+        name = training_args.hub_model_id or publish.default_name(training_args.output_dir)
+        repository = strategies.by_first_rank(lambda: publish.make_repository(name, training_args.hub_private_repo))
     published_dtype = config.dtype
     wrapped = is_wrapped(model_args.model_name_or_path, training_args.cache_dir)
     whole = wrapped and not (training_args.use_lora or training_args.text_only)
@@ -580,7 +607,8 @@ def run(model_args, data_args, training_args, lora_args):
             model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
             optimizer_cls_and_kwargs=frugal.optimizer(training_args) if plan.setup.frugal else None,
-            card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped),
+            card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped, reports["train"],
+                                    run_facts["data"], repository),
             wrapper=Wrapper(model_args.model_name_or_path, training_args.cache_dir) if whole else None)
         if training_args.dry_run:
             return dry_run.prove(trainer, eval_dataset)
@@ -591,6 +619,10 @@ def run(model_args, data_args, training_args, lora_args):
         trainer.convert(published_dtype if asked == "auto" else getattr(torch, asked))
     trainer.save_result()
     say(*summary.after_training(trainer, result, evaluated, prompt_note, wrapped))
+    if repository:
+        address = strategies.by_first_rank(
+            lambda: publish.upload(training_args.output_dir, trainer.result_files, repository))
+        say(f"  Hub:   {address}")
     return trainer
 
 
