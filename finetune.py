@@ -44,6 +44,7 @@ from mechanisms import (
     facts,
     fitting,
     frugal,
+    publish,
     sample_answers,
     strategies,
     summary,
@@ -201,6 +202,13 @@ class TrainingArguments(transformers.TrainingArguments):
     loss_spike_factor: float = field(default=None, metadata={
         "help": "Name the records of a step whose loss is more than this many times the median of the (10 to 50) steps "
                 "before it."})
+    push_to_hub: bool = field(default=False, metadata={
+        "help": "Upload the finished result, and nothing else, to the Hugging Face Hub. (The token is that of hf auth "
+                "login, or HF_TOKEN.)"})
+    hub_model_id: str | None = field(default=None, metadata={
+        "help": "Its name there, as USER/NAME or NAME (default: that of --output_dir).", "metavar": "NAME"})
+    hub_private_repo: bool | None = field(default=None, metadata={
+        "help": "Make the repository private.", "nargs": "?", "const": True})
     # Trainer's default replaces a NaN loss by the average before it: a dead run would look alive.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses (never wanted).", "hidden": True})
@@ -222,6 +230,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.auto_checkpointing, self.activation_checkpointing = asked == "auto", asked == "true"
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # as transformers does for --load_best_model_at_end
+        self.uploads, self.push_to_hub = self.push_to_hub, False  # by us, once: see mechanisms/publish.py
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a log file gets plain lines
         super().__post_init__()
@@ -532,6 +541,9 @@ def run(model_args, data_args, training_args, lora_args, command):
     with checks:
         checkpoint, notices = strategies.by_first_rank(lambda: checkpoints.checkpoint_to_resume(
             training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
+    if training_args.uploads:
+        with checks:
+            strategies.by_first_rank(publish.check_account)
     notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
     notices += compilation.clear_locks() if training_args.deepspeed else []
     notices += trials.without_effect(training_args)
@@ -565,6 +577,10 @@ def run(model_args, data_args, training_args, lora_args, command):
     questions = sample_answers.questions(training_args, tokenizer, eval_dataset, data_args.system)
     if training_args.auto_checkpointing and plan.checkpointing or plan.setup.frugal:
         say(f"note: {why}")
+    repository = None
+    if training_args.uploads and not training_args.dry_run:
+        name = training_args.hub_model_id or publish.default_name(training_args.output_dir)
+        repository = strategies.by_first_rank(lambda: publish.make_repository(name, training_args.hub_private_repo))
     published_dtype = config.dtype
     wrapped = is_wrapped(model_args.model_name_or_path, training_args.cache_dir)
     whole = wrapped and not (training_args.use_lora or training_args.text_only)
@@ -588,7 +604,8 @@ def run(model_args, data_args, training_args, lora_args, command):
             optimizer_cls_and_kwargs=frugal.optimizer(training_args) if plan.setup.frugal else None,
             report=None if training_args.dry_run else Report(
                 summary.about(command, arguments, reports, training), questions),
-            card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped),
+            card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped, reports["train"],
+                                    run_facts["data"], repository),
             wrapper=Wrapper(model_args.model_name_or_path, training_args.cache_dir) if whole else None)
         if training_args.dry_run:
             return dry_run.prove(trainer, eval_dataset)
@@ -600,6 +617,10 @@ def run(model_args, data_args, training_args, lora_args, command):
     trainer.save_result()
     trainer.report.end("finished")
     say(*summary.after_training(trainer, result, evaluated, prompt_note, wrapped))
+    if repository:
+        address = strategies.by_first_rank(
+            lambda: publish.upload(training_args.output_dir, trainer.result_files, repository))
+        say(f"  Hub:   {address}")
     return trainer
 
 

@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mechanisms import publish
 from mechanisms.errors import UserError, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
 from mechanisms.paths import find_base, not_empty
@@ -34,6 +35,12 @@ class MergeArguments:
     text_only: bool = field(default=False, metadata={
         "help": "Of a model with a vision tower, write the text part alone. Else the folder holds the whole of it."})
     ollama: bool = field(default=False, metadata={"help": "Write a Modelfile for Ollama too."})
+    push_to_hub: bool = field(default=False, metadata={
+        "help": "Upload the merged folder to the Hugging Face Hub. (The token is that of hf auth login, or HF_TOKEN.)"})
+    hub_model_id: str = field(default=None, metadata={
+        "help": "Its name there, as USER/NAME or NAME (default: that of --output_dir).", "metavar": "NAME"})
+    hub_private_repo: bool | None = field(default=None, metadata={
+        "help": "Make the repository private.", "nargs": "?", "const": True})
 
 
 def parse_arguments(argv):
@@ -43,6 +50,7 @@ def parse_arguments(argv):
     if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]i?B", args.max_shard_size):
         problems.append(f"--max_shard_size {args.max_shard_size}: a number and its unit, such as 500MB or 2GB")
     problems += not_empty("--output_dir", args.output_dir)
+    problems += publish.without_push(args)
     if problems:
         raise UserError("\n       ".join(problems))
     if find_base(args.adapter_path, args.base_model) is None:
@@ -67,6 +75,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
+from mechanisms import card
 from mechanisms.compatibility import add_former_names
 from mechanisms.console import say, table
 from mechanisms.errors import first_line
@@ -229,16 +238,18 @@ def digests(model):
 
 def model_card(args, base, dtype, wrapper):
     """README.md of the merged folder, with the adapter's own below."""
-    base = source_name(base)
-    card = (f"---\nbase_model: {json.dumps(base)}\nlibrary_name: transformers\n"
-            f"pipeline_tag: {'image-text-to-text' if wrapper else 'text-generation'}\n---\n\n"
-            f"`{base}` with the adapter `{os.path.basename(os.path.normpath(args.adapter_path))}` merged into it "
-            f"({dtype}). Prompts are ChatML, by this folder's chat template.\n")
+    loader, pipeline = (("AutoModelForImageTextToText", "image-text-to-text") if wrapper else
+                        ("AutoModelForCausalLM", "text-generation"))
+    adapter = os.path.basename(os.path.normpath(args.adapter_path))
+    text = (card.head(base, "transformers", pipeline, args.push_to_hub)
+            + f"`{source_name(base)}` with the adapter `{adapter}` merged into it ({dtype}). Prompts are ChatML, by "
+            "this folder's chat template.\n\n"
+            + card.how_to_load(args.hub_model_id or os.path.basename(os.path.normpath(args.output_dir)), loader))
     try:
         with open(os.path.join(args.adapter_path, "README.md"), encoding="utf-8") as file:
-            return card + "\nThe adapter:\n\n" + re.sub(r"\A---\n.*?\n---\n+", "", file.read(), flags=re.DOTALL)
+            return text + "\nThe adapter:\n\n" + re.sub(r"\A---\n.*?\n---\n+", "", file.read(), flags=re.DOTALL)
     except FileNotFoundError:
-        return card
+        return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,6 +358,10 @@ def merge(argv):
     folder = os.path.normpath(args.output_dir)
     unfinished = folder + ".unfinished"
     clear(unfinished)
+    if args.push_to_hub:
+        publish.check_account()
+        args.hub_model_id = publish.make_repository(args.hub_model_id or publish.default_name(folder),
+                                                    args.hub_private_repo)
     say(f"Loading {base} and {args.adapter_path}")
     model, tokenizer = load_to_answer(args.adapter_path, args.base_model, args.dtype)
     generation = model.generation_config
@@ -369,6 +384,8 @@ def merge(argv):
                         f"{unfinished} holds the faulty result") from error
     os.replace(unfinished, folder)
     say("", "The same as base and adapter:", table(found), "", f"Done: {folder}", *serving_hints(folder, args.ollama))
+    if args.push_to_hub:
+        say(f"  Hub:        {publish.upload(folder, os.listdir(folder), args.hub_model_id)}")
 
 
 def main(argv):

@@ -14,6 +14,7 @@ kill there is no `merged-Int4`, or a whole one. A model that the rounding has br
 import sys
 from dataclasses import dataclass, field
 
+from mechanisms import publish
 from mechanisms.data.shapes import parse_columns
 from mechanisms.errors import UserError, interrupts_end_at_once, user_errors_end_the_program
 from mechanisms.flags import parse_into, prepare_command_line
@@ -43,6 +44,12 @@ class QuantizeArguments:
         "help": "Round the columns with the largest inputs first: a little more exact, slower to serve."})
     skip_bad_rows: int = field(default=0, metadata={
         "help": "Leave out up to this many unusable records; they go to rejected.jsonl."})
+    push_to_hub: bool = field(default=False, metadata={
+        "help": "Upload the folder to the Hugging Face Hub. (The token is that of hf auth login, or HF_TOKEN.)"})
+    hub_model_id: str = field(default=None, metadata={
+        "help": "Its name there, as USER/NAME or NAME (default: that of --out_path).", "metavar": "NAME"})
+    hub_private_repo: bool | None = field(default=None, metadata={
+        "help": "Make the repository private.", "nargs": "?", "const": True})
 
 
 def parse_arguments(argv):
@@ -58,6 +65,7 @@ def parse_arguments(argv):
         if getattr(args, name) < 1:
             problems.append(f"--{name} {getattr(args, name)}: at least 1")
     problems += not_empty("--out_path", args.out_path)
+    problems += publish.without_push(args)
     if problems:
         raise UserError("\n       ".join(problems))
     return args
@@ -85,6 +93,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from mechanisms import card
 from mechanisms.compatibility import add_former_names
 from mechanisms.console import counted, say, table
 from mechanisms.data.datasets import read_files, to_conversations
@@ -255,10 +264,12 @@ def write(folder, name, text):
 def model_card(args, samples, before, after):
     """README.md of the quantized folder."""
     base = source_name(args.model_name_or_path)
-    return (f"---\nbase_model: {json.dumps(base)}\nbase_model_relation: quantized\nlibrary_name: transformers\n"
-            f"pipeline_tag: text-generation\n---\n\n`{base}` in {args.bits} bits (GPTQ, groups of {args.group_size}"
+    name = args.hub_model_id or os.path.basename(os.path.normpath(args.out_path))
+    return (card.head(args.model_name_or_path, "transformers", "text-generation", args.push_to_hub,
+                      base_model_relation="quantized")
+            + f"`{base}` in {args.bits} bits (GPTQ, groups of {args.group_size}"
             f"{', desc_act' if args.desc_act else ''}), calibrated on {samples} conversations. Prompts are ChatML, by "
-            "this folder's chat template.\n\n"
+            f"this folder's chat template.\n\n{card.how_to_load(name, 'AutoModelForCausalLM')}\n"
             f"Perplexity on held-back conversations: {before:.4f} before, {after:.4f} after.\n")
 
 
@@ -272,6 +283,8 @@ def run(argv):
     config = check_quantizable(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     problems = Problems()
+    if args.push_to_hub:
+        publish.check_account()
     samples, held_back = prepare_samples(args, tokenizer, problems)
     folder = os.path.normpath(args.out_path)
     unfinished = folder + ".unfinished"
@@ -284,6 +297,9 @@ def run(argv):
         problems.write(os.path.join(unfinished, "rejected.jsonl"))
     say(f"Calibrating on {len(samples):,} conversations, {sum(len(sample.input_ids) for sample in samples):,} tokens; "
         f"{len(held_back):,} held back to measure with")
+    if args.push_to_hub:
+        args.hub_model_id = publish.make_repository(args.hub_model_id or publish.default_name(folder),
+                                                    args.hub_private_repo)
     before, size_before = measure(args.model_name_or_path, held_back)
     if not math.isfinite(before):
         raise UserError(f"{args.model_name_or_path} itself is broken: its perplexity on the data is {before}")
@@ -312,6 +328,8 @@ def run(argv):
     say("", f"Done: {folder}", chat, vllm,
         f"  Q-LoRA:     python finetune.py --q_lora --model_name_or_path {shlex.quote(folder)} --data_path ...",
         "  llama.cpp and Ollama have their own formats: convert the 16-bit model for them")
+    if args.push_to_hub:
+        say(f"  Hub:        {publish.upload(folder, os.listdir(folder), args.hub_model_id)}")
 
 
 def main(argv):

@@ -21,6 +21,7 @@ MAY_CHANGE = frozenset("""
     load_best_model_at_end metric_for_best_model greater_is_better early_stopping sample_prompts
     logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm
     report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug
+    push_to_hub hub_model_id hub_private_repo
     save_dtype save_strategy save_steps save_total_limit save_only_model text_only save_on_each_node
     use_cpu local_rank ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
     ddp_static_graph activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing

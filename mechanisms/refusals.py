@@ -80,8 +80,9 @@ REFUSED = (
             "a resumed run would train the first records of the epoch again: leave it out"),
     Refused("restore_callback_states_from_checkpoint", OTHERS,
             "all that a resumed run needs is restored anyway, and a request to stop must not be: leave it out"),
-    Refused("push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision", OTHERS,
-            "nothing is uploaded during training: when it is done, hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'"),
+    Refused("hub_token", OTHERS, "others could read it in the list of processes: hf auth login, or set HF_TOKEN"),
+    Refused("hub_strategy hub_always_push hub_revision", OTHERS,
+            "--push_to_hub uploads the finished result, once, and no checkpoint: leave it out"),
     Refused("debug", ("tpu_metrics_debug",), "it is for TPUs: leave it out"),
 )
 
@@ -108,6 +109,8 @@ NEEDS = {
     "early_stopping": ("--eval_strategy",),
     "load_best_model_at_end": ("--eval_strategy",),
     "metric_for_best_model": ("--eval_strategy",),
+    "hub_model_id": ("--push_to_hub",),
+    "hub_private_repo": ("--push_to_hub",),
     "run_name": ("--report_to",),
     "project": ("--report_to",),
     "trackio_space_id": ("--report_to trackio",),

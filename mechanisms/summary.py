@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import platform
 import re
 import shlex
 
+from mechanisms import card
 from mechanisms.console import table
 from mechanisms.gptq import is_gptq, packed_weights
 from mechanisms.paths import could_be_on_the_hub, source_name
@@ -135,11 +135,12 @@ def merge_command(out, quantized=None):
     return f"{command} --base_model {original if on_hub else 'THE_16_BIT_MODEL'}"
 
 
-def model_card(arguments, settings, prompt_note, wrapped):
+def model_card(arguments, settings, prompt_note, wrapped, report, digest, repository=None):
     """README.md of the result, with the metadata that the Hugging Face Hub reads.
 
     arguments: the (model, data, training, lora) arguments; settings: {flag: value}, see `facts.settings`; prompt_note:
-    which prompt the answers were trained after, or ""; wrapped: whether the model is the text part of a larger one.
+    which prompt the answers were trained after, or ""; wrapped: whether the model is the text part of a larger one;
+    report: the DataReport of the training data; digest: of what was trained on; repository: where it is uploaded.
     """
     model_args, data_args, training_args, lora_args = arguments
     rows = "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in settings.items())
@@ -148,10 +149,16 @@ def model_card(arguments, settings, prompt_note, wrapped):
     whole = wrapped and not (training_args.use_lora or training_args.text_only)
     serving = (f" {IGNORED[0].upper()}{IGNORED[1:]}: `{merge_command(training_args.output_dir)}`."
                if wrapped and training_args.use_lora else "")
-    return (f"---\nbase_model: {json.dumps(base)}\n"
-            f"library_name: {'peft' if training_args.use_lora else 'transformers'}\n"
-            f"pipeline_tag: {'image-text-to-text' if whole else 'text-generation'}\n---\n\n"
-            f"{method_name(training_args, lora_args)} fine-tuning of `{base}` on {data}; "
+    loader = ("AutoPeftModelForCausalLM" if training_args.use_lora else
+              "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM")
+    name = repository or os.path.basename(os.path.abspath(training_args.output_dir))
+    counts = "\n".join(f"| {what.strip()} | {f'{number:,}' if isinstance(number, int) else number} |"
+                       for what, number in report.rows())
+    return (card.head(model_args.model_name_or_path, "peft" if training_args.use_lora else "transformers",
+                      "image-text-to-text" if whole else "text-generation", ask_hub=repository is not None)
+            + f"{method_name(training_args, lora_args)} fine-tuning of `{base}` on {data}; "
             f"loss on {data_args.loss_on}. Prompts are ChatML, by this folder's chat template."
             f"{f' {prompt_note[0].upper()}{prompt_note[1:]}.' if prompt_note else ''}{serving}\n\n"
+            f"{card.how_to_load(name, loader)}\n"
+            f"| data | number |\n|---|---|\n{counts}\n| digest of the samples | {digest} |\n\n"
             f"| setting | value |\n|---|---|\n{rows}\n")

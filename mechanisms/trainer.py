@@ -78,6 +78,7 @@ class SafeTrainer(Trainer):
         self.tokens_here = 0  # of this rank, not yet in the Trainer's state
         self.step_batches = []  # of the step being made: (numbers of the items, loss) of each batch
         self.skipped_steps = 0  # by the loss scaler of fp16
+        self.result_files = []  # names in output_dir, once the result is there
         self.failure = self.saved_step = None  # why this rank could not write; the step of the newest checkpoint
         # Trainer would delete by number and age alone, and before the new one is complete.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -469,6 +470,7 @@ class SafeTrainer(Trainer):
             os.replace(os.path.join(unfinished, name), os.path.join(out, name))
         os.rmdir(unfinished)
         flush(out)
+        self.result_files = names
 
 
 def _need(folder, size):

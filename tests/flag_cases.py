@@ -240,7 +240,8 @@ REFUSED_HERE = {"fp16": "--fp16", "tf32": "--tf32 True", "use_liger_kernel": "--
                 "fsdp": "--fsdp full_shard", "fsdp_config": '--fsdp full_shard --fsdp_config {"version":2}',
                 "ddp_backend": "--ddp_backend gloo", "local_rank": "--local_rank 0"}
 # What needs several ranks or a run before: the file of its test.
-ELSEWHERE = {"deepspeed": "tests/ranks/test_strategies.py", "resume_from_checkpoint": "tests/runs/test_resume.py"}
+ELSEWHERE = {"deepspeed": "tests/ranks/test_strategies.py", "resume_from_checkpoint": "tests/runs/test_resume.py",
+             **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo"), "tests/runs/test_publish.py")}
 
 
 def refused_values(rows=refusals.REFUSED):

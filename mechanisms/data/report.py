@@ -99,7 +99,8 @@ class DataReport:
         vars(report).update(fields)
         return report
 
-    def lines(self, title: str) -> list[str]:
+    def rows(self) -> list[tuple[str, int | str]]:
+        """(name, number): what became of the records, without a word of them."""
         rejected = len(self.problems.rejected)
         rows = [("records", self.records()), ("kept", self.kept)]
         if rejected:
@@ -114,13 +115,18 @@ class DataReport:
         if self.counts_tokens:
             rows.append(("truncated", self.truncated))
         rows.append(("duplicates among the kept", self.duplicates))
-        growth = self.tokens / self.once if self.once else 1
         if self.counts_tokens and self.kept:
-            rows += [("tokens", f"{self.tokens:,}" + (f" ({growth:.2f} times those of the conversations)"
+            rows += [("tokens", f"{self.tokens:,}" + (f" ({self.growth():.2f} times those of the conversations)"
                                                       if self.samples > self.kept else "")),
                      ("trained tokens", f"{self.trained:,} ({self.trained / self.tokens:.1%})"),
                      ("longest sample", self.longest), ("mean sample", f"{self.tokens / self.samples:.1f}")]
-        lines = [title, table(rows)]
+        return rows
+
+    def growth(self) -> float:
+        return self.tokens / self.once if self.once else 1
+
+    def lines(self, title: str) -> list[str]:
+        lines, growth = [title, table(self.rows())], self.growth()
         if not self.counts_tokens:
             lines.append("  (token counts are not known with --lazy_preprocess)")
         elif growth > MUCH_GROWTH:

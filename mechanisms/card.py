@@ -1,0 +1,51 @@
+"""What the model cards of all results share: metadata with the base model's licence, and how to load the result."""
+
+import json
+import os
+import re
+
+from mechanisms.paths import card_metadata, could_be_on_the_hub, source_name
+
+LICENCE = "license", "license_name", "license_link"  # keys of a card's metadata
+
+
+def head(base, library, pipeline, ask_hub=False, **metadata):
+    """The metadata of a card, between its lines of ---.
+
+    base: path of the base model, whose licence is the result's; ask_hub: whether to look for its card there.
+    """
+    of_base = base_metadata(base, ask_hub)
+    rows = {"base_model": source_name(base), "library_name": library, "pipeline_tag": pipeline,
+            **{key: of_base[key] for key in LICENCE if key in of_base}, **metadata}
+    lines = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in rows.items())
+    return f"---\n{lines}---\n\n"
+
+
+def base_metadata(base, ask_hub):
+    """The metadata of the base model's card; {} if there is none."""
+    name = source_name(base)
+    if os.path.isdir(base) or os.path.isdir(name) or not ask_hub:
+        return card_metadata(name) or card_metadata(base)
+    from huggingface_hub import constants, hf_hub_download
+
+    try:
+        return card_metadata(os.path.dirname(hf_hub_download(name, "README.md", endpoint=constants.ENDPOINT)))
+    except OSError:  # it has no card, or none that we may read
+        return {}
+
+
+def for_the_hub(text):
+    """A card as the Hub takes it, which refuses one whose base model is a folder: without it, and without its path."""
+    base = re.search(r'^base_model: "(.*)"\n', text, re.MULTILINE)
+    if not base or could_be_on_the_hub(base[1]) and not os.path.isdir(base[1]):
+        return text
+    return text.replace(base[0], "").replace(base[1], os.path.basename(os.path.normpath(base[1])))
+
+
+def how_to_load(name, loader):
+    """A piece of Python that loads the result. loader: its class in transformers or peft."""
+    package = "peft" if loader == "AutoPeftModelForCausalLM" else "transformers"
+    imports = f"from {package} import {loader}\nfrom transformers import AutoTokenizer" if package == "peft" else \
+        f"from transformers import {loader}, AutoTokenizer"
+    return (f"```python\n{imports}\n\nmodel = {loader}.from_pretrained({json.dumps(name)})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n```\n")
