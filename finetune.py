@@ -471,16 +471,28 @@ def read_model_folder(model_args, training_args, lora_args):
     return config, load_tokenizer(model_args.model_name_or_path, training_args.cache_dir)
 
 
-def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer, dataset, eval_dataset):
-    """-> `fitting.Plan` of this run."""
+def choose_adapter(model_args, training_args, lora_args, config, tokenizer):
+    """peft's config of the adapter that is trained, or None."""
+    if lora_args.lora_weight_path:
+        return read_adapter(lora_args.lora_weight_path)
+    if training_args.use_lora:
+        return lora_config(model_args.model_name_or_path, empty_network(config), tokenizer, lora_args)
+    return None
+
+
+def decide_memory(model_args, data_args, training_args, lora_args, checkpoint, config, adapter, tokenizer, dataset,
+                  eval_dataset):
+    """-> `fitting.Plan`. Sets --gradient_checkpointing and --trained_weights where they are auto. Raises UserError."""
     def lora():
         network = empty_network(config)
         settings = LoraArguments(lora_target_modules=default_targets(network))
         return lora_config(model_args.model_name_or_path, network, tokenizer, settings, say=lambda line: None)
 
+    if checkpoint and training_args.trained_weights == "auto":
+        training_args.trained_weights = checkpoints.read_manifest(checkpoint, "sizes").get("trained weights", "fp32")
     setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
     may_be_frugal = training_args.trained_weights == "auto" and not frugal.problems(training_args)
-    return fitting.Plan(
+    plan, why = fitting.decide(fitting.Plan(
         setup=frugal.setup(setup) if training_args.trained_weights == "bf16" else setup,
         frugal=frugal.setup(setup) if may_be_frugal else None,
         checkpointing=None if training_args.auto_checkpointing else training_args.activation_checkpointing,
@@ -489,7 +501,12 @@ def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer
         certain=dataset.lengths is not None,
         limit=training_args.memory_limit and training_args.memory_limit * 1e9, lora=lora,
         evaluated=eval_dataset and functools.partial(longest_row, eval_dataset, training_args.model_max_length),
-        evaluation_items=training_args.per_device_eval_batch_size)
+        evaluation_items=training_args.per_device_eval_batch_size))
+    if training_args.auto_checkpointing and plan.checkpointing or plan.setup.frugal:
+        say(f"note: {why}")
+    training_args.activation_checkpointing = training_args.gradient_checkpointing = plan.checkpointing
+    training_args.trained_weights = "bf16" if plan.setup.frugal else "fp32"
+    return plan
 
 
 def add_adapter(model, adapter, training_args, lora_args):
@@ -509,6 +526,8 @@ def add_adapter(model, adapter, training_args, lora_args):
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_numel"):  # ZeRO-3's are of that type, and cut up
             parameter.data = parameter.data.to(dtype)  # peft takes that of a GPTQ layer's scales: fp16
+    if training_args.activation_checkpointing:
+        model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
     # The default, "auto", asks the Hub whether the vocabulary was resized; ours never is, and what is trained of the
     # embeddings is saved anyhow.
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
@@ -527,6 +546,8 @@ def train(argv):
     argv = prepare_command_line(__file__, argv)
     strategies.prepare_ranks(argv)
     arguments = parse_arguments(argv)
+    if arguments[2].disable_tqdm:
+        transformers.utils.logging.disable_progress_bar()
     strategies.join_ranks(arguments[2])
     with strategies.on_first_rank(only_run_in(arguments[2].output_dir)):
         return run(*arguments, command=argv)
@@ -535,19 +556,7 @@ def train(argv):
 def run(model_args, data_args, training_args, lora_args, command):
     """`train` from its arguments, alone in the output folder. command: the words that they come from."""
     arguments = model_args, data_args, training_args, lora_args
-    if training_args.disable_tqdm:
-        transformers.utils.logging.disable_progress_bar()
-    checks, notices = Checks(), []
-    with checks:
-        checkpoint, notices = strategies.by_first_rank(lambda: checkpoints.checkpoint_to_resume(
-            training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
-    if training_args.uploads:
-        with checks:
-            strategies.by_first_rank(publish.check_account)
-    notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
-    notices += compilation.clear_locks() if training_args.deepspeed else []
-    notices += trials.without_effect(training_args)
-    say(*[f"note: {notice}" for notice in notices])
+    checkpoint, checks = look_around(training_args)
     config, tokenizer, train_dataset, eval_dataset, reports = read_model_and_data(*arguments, checks)
     prompt_note = set_default_mode(tokenizer, reports["train"].modes)
     if data_args.packing:
@@ -555,32 +564,13 @@ def run(model_args, data_args, training_args, lora_args, command):
     if training_args.dataloader_drop_last and not summary.batch_count(training_args, train_dataset):
         raise UserError(f"--dataloader_drop_last drops all {len(train_dataset)} items: they are fewer than a batch of "
                         "each rank. Leave it out, or give a smaller --per_device_train_batch_size")
-    adapter = None
-    if lora_args.lora_weight_path:
-        adapter = read_adapter(lora_args.lora_weight_path)
-    elif training_args.use_lora:
-        adapter = lora_config(model_args.model_name_or_path, empty_network(config), tokenizer, lora_args)
-    if checkpoint and training_args.trained_weights == "auto":
-        training_args.trained_weights = checkpoints.read_manifest(checkpoint, "sizes").get("trained weights", "fp32")
-    plan, why = fitting.decide(plan_memory(
-        model_args, training_args, lora_args, config, adapter, tokenizer, train_dataset, eval_dataset))
-    training_args.activation_checkpointing = training_args.gradient_checkpointing = plan.checkpointing
-    training_args.trained_weights = "bf16" if plan.setup.frugal else "fp32"
+    adapter = choose_adapter(model_args, training_args, lora_args, config, tokenizer)
+    plan = decide_memory(*arguments, checkpoint, config, adapter, tokenizer, train_dataset, eval_dataset)
     run_facts = facts.run_facts(arguments, train_dataset, config, tokenizer)
-    if checkpoint:
-        notes = checkpoints.check_same_run(checkpoint, run_facts, facts.default_values(arguments))
-        say(*[f"note: {note}" for note in notes], f"Resuming from {checkpoint}")
-    if not training_args.dry_run:
-        moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
-        say(*[f"note: {line}" for line in moved])
-
+    go_on_or_begin(arguments, checkpoint, run_facts)
     questions = sample_answers.questions(training_args, tokenizer, eval_dataset, data_args.system)
-    if training_args.auto_checkpointing and plan.checkpointing or plan.setup.frugal:
-        say(f"note: {why}")
-    repository = None
-    if training_args.uploads and not training_args.dry_run:
-        name = training_args.hub_model_id or publish.default_name(training_args.output_dir)
-        repository = strategies.by_first_rank(lambda: publish.make_repository(name, training_args.hub_private_repo))
+    repository = strategies.by_first_rank(functools.partial(publish.repository_of, training_args))
+
     published_dtype = config.dtype
     wrapped = is_wrapped(model_args.model_name_or_path, training_args.cache_dir)
     whole = wrapped and not (training_args.use_lora or training_args.text_only)
@@ -591,8 +581,6 @@ def run(model_args, data_args, training_args, lora_args, command):
         if training_args.use_lora:
             with gptqmodel_hidden(not is_gptq(config)):
                 model = add_adapter(model, adapter, training_args, lora_args)
-        if plan.checkpointing and training_args.use_lora:
-            model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
         training = summary.before_training(model, training_args, lora_args, train_dataset)
         say(*training)
 
@@ -622,6 +610,33 @@ def run(model_args, data_args, training_args, lora_args, command):
             lambda: publish.upload(training_args.output_dir, trainer.result_files, repository))
         say(f"  Hub:   {address}")
     return trainer
+
+
+def look_around(training_args):
+    """What is there before the data are read. -> (checkpoint to resume from or None, `Checks` with what is wrong)."""
+    checks, checkpoint, notices = Checks(), None, []
+    with checks:
+        checkpoint, notices = strategies.by_first_rank(lambda: checkpoints.checkpoint_to_resume(
+            training_args.output_dir, training_args.resume_from_checkpoint, training_args.verify_checkpoint))
+    with checks:
+        if training_args.uploads:
+            strategies.by_first_rank(publish.check_account)
+    notices += strategies.overridden_flags(training_args) + strategies.idle_gpus(training_args)
+    notices += compilation.clear_locks() if training_args.deepspeed else []
+    notices += trials.without_effect(training_args)
+    say(*[f"note: {notice}" for notice in notices])
+    return checkpoint, checks
+
+
+def go_on_or_begin(arguments, checkpoint, run_facts):
+    """Raises UserError if the checkpoint is that of another run; what this one does not go on from is set aside."""
+    training_args = arguments[2]
+    if checkpoint:
+        notes = checkpoints.check_same_run(checkpoint, run_facts, facts.default_values(arguments))
+        say(*[f"note: {note}" for note in notes], f"Resuming from {checkpoint}")
+    if not training_args.dry_run:
+        moved = strategies.by_first_rank(lambda: checkpoints.set_aside(training_args.output_dir, checkpoint))
+        say(*[f"note: {line}" for line in moved])
 
 
 def main(argv):

@@ -47,6 +47,13 @@ def make_repository(name, private):
         return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
 
 
+def repository_of(args):
+    """The repository that a training with these arguments uploads to, made if it is not there; or None."""
+    if not args.uploads or args.dry_run:
+        return None
+    return make_repository(args.hub_model_id or default_name(args.output_dir), args.hub_private_repo)
+
+
 def upload(folder, names, repository):
     """Upload these files of `folder`, in one commit. -> the address of the repository. Raises UserError."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants
