@@ -12,6 +12,7 @@ import select
 import signal
 import threading
 
+from mechanisms import forks
 from mechanisms.errors import first_to_fail
 from mechanisms.torchrun import end_with
 
@@ -111,6 +112,7 @@ def install():
         signal.signal(number, lambda *_: None)  # Python writes those to the pipe that have a handler
     threading.Thread(target=requests.read, args=(ours,), daemon=True).start()
     os.register_at_fork(after_in_child=_begin_child)
+    forks.install()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)  # the launcher holds back those that would come too early
 
 

@@ -5,7 +5,7 @@
   python -m tests.sweep files --cases 10000               # mutated data files of every kind; needs no REAL_DATA
   python -m tests.sweep flags                             # every flag of TrainingArguments: its effect, or its refusal
   python -m tests.sweep families                          # hybrids and mixtures of experts: all ways of training them
-  python -m tests.sweep docs                              # writes docs/flags.md
+  python -m tests.sweep docs                              # writes what the code says into docs/
 """
 
 import argparse
@@ -119,9 +119,10 @@ def main():
         print(*(f"{count:>9,} {what}" for what, count in sorted(counts.items())), sep="\n")
         return
     if args.what == "docs":
-        from tests.flags_page import PAGE, page
+        from tests.pages import DOCS, PAGES
 
-        PAGE.write_text(page(), encoding="utf-8")
+        for name, page in PAGES.items():
+            (DOCS / name).write_text(page(), encoding="utf-8")
         return
     if args.what == "families":
         import pytest

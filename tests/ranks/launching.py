@@ -26,7 +26,7 @@ class Run:
             self.process = subprocess.Popen(
                 list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True,
                 env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-                     "TMPDIR": str(log.parent), **environment},
+                     "TMPDIR": str(log.parent), "PYTHONFAULTHANDLER": "1", **environment},
                 # A shell's background jobs ignore Ctrl-C, and so would what they start.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
@@ -51,7 +51,10 @@ class Run:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"still there after {seconds} s:\n{self.output[-3000:]}")
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                process.send_signal(signal.SIGABRT)  # faulthandler says where each of its threads is
+            time.sleep(5)
+            pytest.fail(f"still there after {seconds} s:\n{self.output[-10_000:]}")
         assert self.process.returncode == code, self.output[-3000:]
         return self.output
 

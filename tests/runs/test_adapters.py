@@ -188,3 +188,17 @@ def test_every_kind_is_resumed_and_merged_and_named(kind, train, tmp_path, capsy
     capsys.readouterr()
     merge_lora.merge(["--adapter_path", str(out), "--output_dir", str(tmp_path / "merged")])
     assert "The same as base and adapter" in capsys.readouterr().out
+
+
+def test_biases_are_trained_saved_and_merged(train, make_model, tmp_path, capsys):
+    base, out = make_model(model_type="qwen2"), tmp_path / "out"
+    train("--model_name_or_path", base, "--use_lora", "--lora_bias", "lora_only", "--max_steps", 2)
+    biases = {name: tensor for name, tensor in load_file(out / "adapter_model.safetensors").items() if "bias" in name}
+    layers = ("q_proj", "k_proj", "v_proj")
+    assert len(biases) == 2 * len(layers) and all(name.split(".")[-3] in layers for name in biases)
+    merge_lora.merge(["--adapter_path", str(out), "--output_dir", str(tmp_path / "merged")])
+    assert "The same as base and adapter" in capsys.readouterr().out
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    for name, tensor in before.items():
+        if name.endswith(".bias"):
+            assert not after[name].equal(tensor)
