@@ -473,7 +473,11 @@ def test_a_router_loss_is_switched_off(run, make_published, tmp_path, capsys):
     ("qwen3_moe", ["--q_lora"], "--q_lora: this model is a mixture of experts, and 98,304 of its .* weights"),
     ("qwen3_next", ["--use_lora", "--lora_target_modules", "shared_expert.gate_proj"], "adapts the routed experts"),
     ("qwen3_5", ["--use_lora", "--lora_experts", "--lora_dropout", 0], "this model has no routed experts"),
-    ("qwen3_moe", ["--use_lora", "--lora_experts"], "adapters on experts cannot have dropout: add --lora_dropout 0")])
+    ("qwen3_moe", ["--use_lora", "--lora_experts"], "adapters on experts cannot have dropout: add --lora_dropout 0"),
+    ("qwen3_moe", ["--use_lora", "--lora_experts", "--lora_dropout", 0, "--use_dora"],
+     "--use_dora: not with --lora_experts"),
+    ("qwen3_moe", ["--use_lora", "--lora_experts", "--lora_dropout", 0, "--init_lora_weights", "pissa",
+                   "--weight_decay", 0], "--lora_experts: not with --init_lora_weights pissa")])
 def test_what_would_be_missed_in_silence_is_refused(run, kind, flags, message):
     with pytest.raises(UserError, match=message):
         run(kind, *flags)
