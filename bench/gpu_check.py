@@ -3,8 +3,8 @@
     python bench/gpu_check.py              # under 10 minutes; on a machine without a GPU: tiny shapes, under a minute
 
 Each check is a line that begins with OK or BAD (correctness, and estimated against measured memory), and each step
-that is timed a row of the table for bench/RESULTS.md. Exits with 1 if a check is BAD. All models have random weights. For
-torch 2.11 and newer: where varlen_attn lacks enable_gqa, it is called without.
+that is timed a row of the table for bench/RESULTS.md. Exits with 1 if a check is BAD. All models have random weights.
+For torch 2.11 and newer: where varlen_attn lacks enable_gqa, it is called without.
 """
 
 import contextlib
