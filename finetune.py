@@ -137,6 +137,9 @@ class TrainingArguments(transformers.TrainingArguments):
         default=8, metadata={"help": "Samples of a GPU at a time (rows with --packing)."})
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Batches of each GPU that make one step of the optimizer."})
+    join_batches: bool = field(default=False, metadata={
+        "help": "Compute batches of a step together as far as they fit: the same step in fewer passes, which keep a "
+                "GPU busy."})
     warmup_steps: float = field(
         default=0, metadata={"help": "Steps in which the learning rate rises from 0 (below 1: share of all)."})
     lr_scheduler_type: transformers.SchedulerType | str = field(
@@ -479,7 +482,8 @@ def plan_memory(model_args, training_args, lora_args, config, adapter, tokenizer
         certain=dataset.lengths is not None,
         limit=training_args.memory_limit and training_args.memory_limit * 1e9, lora=lora,
         evaluated=eval_dataset and functools.partial(longest_row, eval_dataset, training_args.model_max_length),
-        evaluation_items=training_args.per_device_eval_batch_size)
+        evaluation_items=training_args.per_device_eval_batch_size,
+        together=training_args.gradient_accumulation_steps if training_args.join_batches else 1)
 
 
 def add_adapter(model, adapter, training_args, lora_args):
@@ -581,6 +585,7 @@ def run(model_args, data_args, training_args, lora_args):
         trainer = SafeTrainer(
             model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
+            together=plan.together,
             optimizer_cls_and_kwargs=frugal.optimizer(training_args) if plan.setup.frugal else None,
             card=summary.model_card(arguments, facts.settings(arguments), prompt_note, wrapped),
             wrapper=Wrapper(model_args.model_name_or_path, training_args.cache_dir) if whole else None)

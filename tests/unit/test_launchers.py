@@ -112,7 +112,7 @@ def test_the_recipe_that_finetune_py_gets(dry_run, page, expected):
     assert (args.num_train_epochs, args.lr_scheduler_type, float(args.warmup_steps)) == (5, "cosine", 0.01)
     assert (args.weight_decay, args.adam_beta2, args.per_device_eval_batch_size) == (0.1, 0.95, 1)
     assert (args.eval_strategy, args.save_strategy, args.save_steps, args.save_total_limit) == ("no", "steps", 1000, 10)
-    assert args.activation_checkpointing == "auto" and args.logging_steps == 1
+    assert args.activation_checkpointing == "auto" and args.logging_steps == 1 and args.join_batches
     assert args.bf16 is None and args.fp16 is None  # finetune.py takes what the hardware has
 
 
