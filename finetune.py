@@ -149,6 +149,9 @@ class TrainingArguments(transformers.TrainingArguments):
         default=8, metadata={"help": "Samples of a GPU at a time (rows with --packing)."})
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Batches of each GPU that make one step of the optimizer."})
+    join_batches: bool = field(default=False, metadata={
+        "help": "Compute batches of a step together as far as they fit: the same step in fewer passes, which keep a "
+                "GPU busy."})
     warmup_steps: float = field(
         default=0, metadata={"help": "Steps in which the learning rate rises from 0 (below 1: share of all)."})
     lr_scheduler_type: transformers.SchedulerType | str = field(
@@ -228,6 +231,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if asked not in ("auto", "true", "false"):
             raise UserError(f"--gradient_checkpointing {self.activation_checkpointing}: True, False or auto")
         self.auto_checkpointing, self.activation_checkpointing = asked == "auto", asked == "true"
+        self.joined_batches = 1  # until the memory is known
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"  # as transformers does for --load_best_model_at_end
         self.uploads, self.push_to_hub = self.push_to_hub, False  # by us, once: see mechanisms/publish.py
@@ -482,14 +486,17 @@ def choose_adapter(model_args, training_args, lora_args, config, tokenizer):
 
 def decide_memory(model_args, data_args, training_args, lora_args, checkpoint, config, adapter, tokenizer, dataset,
                   eval_dataset):
-    """-> `fitting.Plan`. Sets --gradient_checkpointing and --trained_weights where they are auto. Raises UserError."""
+    """-> `fitting.Plan`. Decides what is auto: --gradient_checkpointing, --trained_weights, and how many batches
+    --join_batches joins. A resumed run keeps the last two. Raises UserError.
+    """
     def lora():
         network = empty_network(config)
         settings = LoraArguments(lora_target_modules=default_targets(network))
         return lora_config(model_args.model_name_or_path, network, tokenizer, settings, say=lambda line: None)
 
+    before = checkpoints.read_manifest(checkpoint, "sizes") if checkpoint else {}
     if checkpoint and training_args.trained_weights == "auto":
-        training_args.trained_weights = checkpoints.read_manifest(checkpoint, "sizes").get("trained weights", "fp32")
+        training_args.trained_weights = before.get("trained weights", "fp32")
     setup = memory_setup(config, adapter, lora_args.q_lora, training_args)
     may_be_frugal = training_args.trained_weights == "auto" and not frugal.problems(training_args)
     plan, why = fitting.decide(fitting.Plan(
@@ -501,11 +508,15 @@ def decide_memory(model_args, data_args, training_args, lora_args, checkpoint, c
         certain=dataset.lengths is not None,
         limit=training_args.memory_limit and training_args.memory_limit * 1e9, lora=lora,
         evaluated=eval_dataset and functools.partial(longest_row, eval_dataset, training_args.model_max_length),
-        evaluation_items=training_args.per_device_eval_batch_size))
+        evaluation_items=training_args.per_device_eval_batch_size,
+        together=training_args.gradient_accumulation_steps if training_args.join_batches and not checkpoint else 1))
+    if training_args.join_batches and isinstance(joined := before.get(strategies.JOINED), int):
+        plan = plan._replace(together=joined)  # more or fewer would round otherwise, and draw another dropout
     if training_args.auto_checkpointing and plan.checkpointing or plan.setup.frugal:
         say(f"note: {why}")
     training_args.activation_checkpointing = training_args.gradient_checkpointing = plan.checkpointing
     training_args.trained_weights = "bf16" if plan.setup.frugal else "fp32"
+    training_args.joined_batches = plan.together
     return plan
 
 
@@ -589,6 +600,7 @@ def run(model_args, data_args, training_args, lora_args, command):
         trainer = SafeTrainer(
             model=model, args=training_args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=PaddingFreeCollator(), processing_class=tokenizer, run=run_facts,
+            together=plan.together,
             optimizer_cls_and_kwargs=frugal.optimizer(training_args) if plan.setup.frugal else None,
             report=None if training_args.dry_run else Report(
                 summary.about(command, arguments, reports, training), questions),

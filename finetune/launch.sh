@@ -42,6 +42,7 @@ RECIPE=(
     --logging_steps 1
     --report_to none
     --model_max_length 512
+    --join_batches True
 )
 
 # launch FLAGS... : finetune.py on every GPU of every machine. (exec: a signal to the launcher is one to torchrun.py.)

@@ -28,7 +28,7 @@ MAY_CHANGE = frozenset("""
     gradient_checkpointing_kwargs torch_empty_cache_steps
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context loss_spike_factor trained_weights memory_limit verify_checkpoint
-    trust_checkpoint dry_run
+    trust_checkpoint dry_run join_batches
 """.split())
 # What these name counts, and not the name: a folder may have moved.
 BY_CONTENT = frozenset({"model_name_or_path", "data_path", "lora_weight_path", "deepspeed"})

@@ -16,6 +16,7 @@ from mechanisms.paths import checkpoints_in
 
 MANY = 2, 4, 8, 16  # GPUs that are offered where one machine has too few
 BREAK = "\n       "
+FULL = 8192  # tokens of a row that keep a GPU busy: more of them take no less time each
 MORE_IN_EVALUATION = "more in evaluation"
 
 
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
         lora: gives peft's LoraConfig of --use_lora without other flags, for a run that trains all weights.
         frugal: `setup` with weights in bf16 (mechanisms/frugal.py), to be taken where the other does not fit; or None.
         evaluated, evaluation_items: as longest and items, of the evaluation data; None, if there are none.
+        together: batches of a step that may be computed in one pass, as far as they fit.
     """
     setup: Setup
     checkpointing: bool | None
@@ -45,6 +47,7 @@ class Plan(NamedTuple):
     frugal: Setup | None = None
     evaluated: Callable[[int], int] | None = None
     evaluation_items: int = 1
+    together: int = 1
 
     @property
     def available(self):
@@ -113,10 +116,25 @@ def decide(plan, need=None):
                         f"({parts}), and {_gb(available)} GB can be had"
                         + (" (--memory_limit)" if plan.limit else "") + what_fits(plan, checkpointing)
                         + f"{BREAK}--memory_limit GB says how much can be had, if that is more")
-    return plan._replace(checkpointing=checkpointing), "; ".join([
+    plan = plan._replace(checkpointing=checkpointing)
+    return plan._replace(together=_together(plan)), "; ".join([
         f"gradient checkpointing is {'on' if checkpointing else 'off'}: a row of {plan.longest(plan.items):,} tokens "
         f"needs about {_gb(totals[0])} GB without it, {_gb(totals[1])} GB with it, of {_gb(available)} GB",
         *need.state.notes])
+
+
+def _together(plan):
+    """The most batches of a step that fit in one pass, with a divisor of them in each: all ranks have as many."""
+    for number in range(plan.together, 0, -1):
+        items = number * plan.items
+        fits = number == 1 or (plan.accumulation % number == 0 and plan.longest(items) <= FULL
+                               and Need.of(plan._replace(items=items)).total(plan.checkpointing)
+                               <= (1 - memory.RESERVE) * plan.available)
+        if torch.distributed.is_initialized():
+            fits = torch.tensor(fits, dtype=torch.int32, device=plan.setup.device)
+            torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)
+        if fits:
+            return number
 
 
 def _rank(plan):
@@ -193,5 +211,7 @@ def running_out_is_told(plan, output_dir):
         saved = next(filter(checkpoints.is_whole, checkpoints_in(output_dir)), None)
         raise UserError(
             f"out of memory: {first_line(error)}" + what_fits(plan, plan.checkpointing)
+            + (f"{BREAK}--join_batches False computes {plan.together} times fewer samples at once"
+               if plan.together > 1 else "")
             + (f"{BREAK}{saved} is complete: the same command goes on from it, with the first two of these flags too, "
                "where they are named" if saved else "")) from error

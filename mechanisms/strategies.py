@@ -16,6 +16,8 @@ from mechanisms.memory import Setup
 from mechanisms.paths import deepspeed_file
 from mechanisms.torchrun import stay_on_the_loopback
 
+JOINED = "joined batches"  # the fact: how many --join_batches joins
+
 
 def choose_precision(bf16, fp16, use_cpu):
     """(bf16, fp16) as asked for, or the best that the hardware has where neither was said.
@@ -110,13 +112,17 @@ def memory_setup(config, adapter, nf4, training_args):
 
 
 def resume_facts(training_args):
-    """What of the strategy a checkpoint is bound to: DeepSpeed's hold one part per rank, the others are whole."""
+    """What of the strategy a checkpoint is bound to: DeepSpeed's hold one part per rank, the others are whole.
+
+    Batches that were joined may be computed one by one from now on, as where memory runs out.
+    """
     deepspeed = _deepspeed(training_args)
+    joined = {JOINED: training_args.joined_batches if training_args.joined_batches > 1 else ANY}
     if not deepspeed:
         held = {"trained weights": "bf16"} if training_args.trained_weights == "bf16" else {}
-        return {"sharding": "FSDP" if training_args.fsdp else "none", **held}
+        return {"sharding": "FSDP" if training_args.fsdp else "none", **held, **joined}
     universal = deepspeed.config.get("checkpoint", {}).get("load_universal")
-    return {"sharding": strategy_name(training_args), "ranks": ANY if universal else training_args.world_size}
+    return {"sharding": strategy_name(training_args), "ranks": ANY if universal else training_args.world_size, **joined}
 
 
 def impossible(training_args, lora_args):

@@ -53,6 +53,19 @@ class FullBatches(torch.utils.data.Dataset):
         return {"input_ids": self.dataset[0]["input_ids"][:1], "labels": np.array([-100])}
 
 
+def joined(batches):
+    """Batches of `finetune.PaddingFreeCollator`, with their numbers -> one of all their samples."""
+    starts = [0, *itertools.accumulate(batch["input_ids"].shape[1] for batch in batches)]
+    row = {name: torch.cat([batch[name] for batch in batches], 1)
+           for name in ("input_ids", "labels", "shift_labels", "position_ids")}
+    bounds = torch.cat([batches[0]["cu_seq_lens_q"][:1], *(
+        batch["cu_seq_lens_q"][1:] + start for batch, start in zip(batches, starts))])
+    longest = max(batch["max_length_q"] for batch in batches)
+    return {**row, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
+            "logits_to_keep": torch.cat([batch["logits_to_keep"] + start for batch, start in zip(batches, starts)]),
+            "numbers": list(itertools.chain.from_iterable(batch["numbers"] for batch in batches))}
+
+
 class LogLastStep(TrainerCallback):
     """The last step is logged whatever --logging_steps is: its loss is what one looks for."""
 
@@ -65,15 +78,16 @@ class SafeTrainer(Trainer):
 
     Args (besides Trainer's):
         run: facts a resumed run must share with its checkpoint (see `mechanisms.checkpoints.check_same_run`).
+        together: batches of a step that are computed in one pass (see `fitting.Plan`).
         card: text of the model card that goes into every checkpoint and the result.
         wrapper: the `mechanisms.wrapper.Wrapper` that the result gets around it, or None. Checkpoints hold the text
             part alone, which is what a run resumes from.
         report: the `mechanisms.report.Report` that shows the run, or None.
     """
 
-    def __init__(self, *args, run, card, wrapper=None, report=None, **kwargs):
+    def __init__(self, *args, run, card, wrapper=None, together=1, report=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run, self.card, self.wrapper, self.report = run, card, wrapper, report
+        self.run, self.card, self.wrapper, self.together, self.report = run, card, wrapper, together, report
         self.data_collator = CollateNumbered(self.data_collator)
         self.tokens_here = 0  # of this rank, not yet in the Trainer's state
         self.step_batches = []  # of the step being made: (numbers of the items, loss) of each batch
@@ -136,6 +150,18 @@ class SafeTrainer(Trainer):
             Numbered(self.train_dataset), "Training", self._train_batch_size, lambda _: self._get_train_sampler(),
             is_training=True)
 
+    def get_batch_samples(self, *args):
+        """Trainer's, but the last of each `together` batches has the samples of all of them, and the others are None.
+
+        So Trainer counts batches as ever, a resumed run finds its place with another number, and all ranks have as many
+        passes.
+        """
+        batches, tokens = super().get_batch_samples(*args)
+        if self.together > 1:
+            groups = [batches[start:start + self.together] for start in range(0, len(batches), self.together)]
+            batches = [batch for group in groups for batch in (*[None] * (len(group) - 1), joined(group))]
+        return batches, tokens
+
     def train(self, resume_from_checkpoint=None):
         with contextlib.ExitStack() as stack:
             if self.report:
@@ -186,6 +212,8 @@ class SafeTrainer(Trainer):
             self._load_rng_state(checkpoint)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if inputs is None:  # is in a later batch
+            return torch.zeros((), device=self.args.device)
         inputs = dict(inputs)
         numbers = inputs.pop("numbers", [])  # none from a data loader of another making
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -193,7 +221,10 @@ class SafeTrainer(Trainer):
         return loss
 
     def _track_num_input_tokens(self, inputs):
-        self.tokens_here += inputs["input_ids"].numel()
+        self.tokens_here += inputs["input_ids"].numel() if inputs else 0
+
+    def floating_point_ops(self, inputs):
+        return super().floating_point_ops(inputs) if inputs else 0
 
     def _add_tokens(self):
         """Where the number is read: Trainer itself asks all ranks in every batch, and each waits for its GPU then."""

@@ -1,9 +1,15 @@
 """Batches in whole runs: what packed rows, evaluation and an adapter on the output layer train and report."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoConfig, Qwen3ForCausalLM
 
 from finetune import PaddingFreeCollator
+from mechanisms import fitting, memory
+from mechanisms.memory import Setup
 
 
 def logged(trainer, *names):
@@ -52,3 +58,45 @@ def test_an_output_layer_with_an_adapter_gets_its_logits(train, capsys):
     trainer = train("--use_lora", "--lora_target_modules", "q_proj", "lm_head", "--max_steps", 2)
     assert "full logits" in capsys.readouterr().out
     assert logged(trainer, "grad_norm")[0][0] > 0
+
+
+def test_batches_of_a_step_computed_together_are_the_same_step(train, monkeypatch):
+    """Four batches a step, two in the last of an epoch. A run that was begun so goes on so, to the last bit, though
+    fewer would fit by now; or without, to the same numbers."""
+    passes, plain = [], Qwen3ForCausalLM.forward
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", lambda *arguments, **options: (
+        passes.append(options["input_ids"].shape[1]), plain(*arguments, **options))[1])
+    flags = ["--gradient_accumulation_steps", 4, "--num_train_epochs", 2, "--save_strategy", "steps"]
+    alone = train(*flags, "--save_steps", 1000)
+    one_by_one = list(passes)
+    steps, names = alone.state.global_step, ("loss", "grad_norm", "learning_rate", "epoch", "num_input_tokens_seen")
+    assert len(one_by_one) == 2 * len(alone.get_train_dataloader()) != 4 * steps
+    wanted = logged(alone, *names)
+
+    passes.clear()
+    shutil.rmtree(alone.args.output_dir)
+    joined = train(*flags, "--save_steps", 3, "--join_batches", "True")
+    assert len(passes) == steps and sum(passes) == sum(one_by_one)
+    monkeypatch.setattr(fitting, "FULL", 1)
+    resumed = []
+    for more in (["--join_batches", "True"], []):
+        for checkpoint in Path(joined.args.output_dir).glob("checkpoint-*"):
+            if checkpoint.name != "checkpoint-3":
+                shutil.rmtree(checkpoint)
+        resumed.append(train(*flags, "--save_steps", 3, *more))
+    assert logged(resumed[0], *names) == logged(joined, *names)
+    for trainer in (joined, *resumed):
+        for found, expected in zip(logged(trainer, *names), wanted, strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_as_many_batches_are_joined_as_fit(make_model):
+    config = AutoConfig.from_pretrained(make_model())
+    plan = fitting.Plan(Setup(config, device=torch.device("cpu")), False, 2, 12, lambda items: 300 * items, True, 1e12,
+                        None, together=12)
+    assert fitting.decide(plan)[0].together == 12  # 7,200 tokens
+    assert fitting.decide(plan._replace(longest=lambda items: 500 * items))[0].together == 6  # 8 does not divide 12
+    assert fitting.decide(plan._replace(together=1))[0].together == 1
+    for most in (4, 1):
+        need = fitting.Need.of(plan._replace(items=2 * most)).total(False) / (1 - memory.RESERVE)
+        assert fitting.decide(plan._replace(limit=need * 1.0001))[0].together == most

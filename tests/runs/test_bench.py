@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import compare  # noqa: E402
+import gpu_check  # noqa: E402
 import tokenization  # noqa: E402
 import worker  # noqa: E402
 
@@ -62,3 +64,33 @@ def test_arguments(monkeypatch, capsys):
     args = compare.parse_arguments(["--contestants", "O", "--model", "m", "--data", "d", "--device", "cuda"])
     assert args.dtype == "bf16"
     assert compare.CONTESTANTS.keys() == worker.CONTESTANTS.keys() and set(compare.MODELS) == set(worker.SHAPES)
+
+
+def test_the_check_of_a_gpu_on_a_cpu(monkeypatch, capsys):
+    """With tiny shapes, each method and network once."""
+    monkeypatch.setattr(gpu_check.Report, "bad", 0)
+    first = {(case.shape, case.method): case for case in reversed(gpu_check.CASES)}
+    monkeypatch.setattr(gpu_check, "CASES", list(first.values()))
+    assert gpu_check.main() == 0
+    output = capsys.readouterr().out
+    assert output.count("\nOK ") == 9 + len(first) and "\nBAD" not in output
+    assert "\n| 3B, Q-LoRA" in output and "\n| 7B, frugal" in output and "\n| hybrid" in output
+
+
+def test_the_check_of_a_gpu_sees_what_is_wrong(monkeypatch, capsys):
+    """A window that the attention does not keep to, and an output layer that forgets part of its gradient."""
+    monkeypatch.setattr(gpu_check.Report, "bad", 0)
+    plain = gpu_check.within_samples
+
+    def no_window(*arguments, sliding_window, **options):
+        kept = sliding_window if arguments[1].dtype == torch.float32 else None
+        return plain(*arguments, sliding_window=kept, **options)
+
+    monkeypatch.setattr(gpu_check, "within_samples", no_window)
+    gpu_check.check_attention()
+    scatter = torch.Tensor.scatter_
+    monkeypatch.setattr(torch.Tensor, "scatter_", lambda tensor, *arguments: (
+        scatter(tensor, *arguments) if tensor.dtype == torch.float32 else tensor))
+    gpu_check.check_head_loss()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:3] for line in lines] == ["OK ", "OK ", "BAD", "BAD"] and "window 20" in lines[2]

@@ -111,7 +111,7 @@ def test_the_recipe_that_finetune_py_gets(dry_run, page, expected):
     assert (args.num_train_epochs, args.lr_scheduler_type, float(args.warmup_steps)) == (5, "cosine", 0.01)
     assert (args.weight_decay, args.adam_beta2, args.per_device_eval_batch_size) == (0.1, 0.95, 1)
     assert (args.eval_strategy, args.save_strategy, args.save_steps, args.save_total_limit) == ("no", "steps", 1000, 10)
-    assert args.activation_checkpointing == "auto" and args.logging_steps == 1
+    assert args.activation_checkpointing == "auto" and args.logging_steps == 1 and args.join_batches
     assert args.bf16 is None and args.fp16 is None  # finetune.py takes what the hardware has
 
 
@@ -219,6 +219,30 @@ def gpus(bash, count):
 def test_a_process_per_gpu(bash, dry_run, environment, expected):
     gpus(bash, 4)
     assert option(dry_run("finetune_ds.sh", **environment)[0], "--nproc_per_node") == expected
+
+
+def test_two_cards(bash, dry_run):
+    """A process for each; one where the CPU is meant; and a page for a single GPU shows its process the first."""
+    gpus(bash, 2)
+    for page in TORCHRUN_PAGES:
+        assert option(dry_run(page)[0], "--nproc_per_node") == "2"
+        assert option(dry_run(page, "--use_cpu")[0], "--nproc_per_node") == "1"
+    for page in SINGLE_PAGES:
+        before = dry_run(page)[0]
+        assert "CUDA_VISIBLE_DEVICES=0" in before and "--nproc_per_node" not in before
+
+
+def test_two_cards_with_a_driver_that_torch_cannot_use(bash, tmp_path):
+    """nvidia-smi lists them, so there are two processes: they end at once, with one line that all of it is in."""
+    write_tool(bash.tools / "nvidia-smi", "case $1 in -L) echo 'GPU 0: H100'; echo 'GPU 1: H100' ;; "
+                                          "*) echo 550.54.14; echo 550.54.14 ;; esac")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    done = bash("finetune_lora_ds.sh", "-m", tmp_path, "-d", data, "-o", tmp_path / "out", HOME=str(tmp_path))
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stderr
+    assert "has an NVIDIA GPU (driver 550.54.14)" in said[0] and "--use_cpu" in said[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_gpu(bash):
