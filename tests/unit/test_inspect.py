@@ -157,6 +157,20 @@ def test_all_is_counted_and_placed(everything, look):
     assert not look(everything, "--model_max_length", 256, "--skip_bad_rows", 1)[2]
 
 
+def test_a_page_that_cannot_be_written_is_named(everything, look, tmp_path):
+    _, errors, code = look(everything, "--html", tmp_path, "--skip_bad_rows", 1)
+    assert code == 2 and f"--html {tmp_path}: cannot be written: Is a directory" in errors
+
+
+def test_help_has_the_flags_of_the_data_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        inspect_data.main(["--help"])
+    output = capsys.readouterr().out
+    assert {"--html", "--record", "--search", "--thinking", "--columns", "--model_name_or_path"} <= set(output.split())
+    assert "--learning_rate" not in output and max(map(len, output.splitlines())) <= 80
+
+
 def test_no_line_is_wider_than_the_terminal(everything, look):
     output = look(everything)[0] + look(everything, "--record", f"{everything}:8")[0]
     assert max(map(cell_len, output.splitlines())) == 80 and "我是蒂洛" in output
