@@ -291,6 +291,9 @@ def inspect(argv):
     else:
         show_samples(output, viewer, surveys["train"], reports["train"])
     problems.stop_or_skip(training.skip_bad_rows)
+    for name, report in reports.items():
+        if not report.kept:
+            raise UserError(f"no sample of the {name} data is left to learn from (see the table above)")
 
 
 def show_samples(output, viewer, found, report):

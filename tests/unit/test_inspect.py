@@ -162,6 +162,16 @@ def test_a_page_that_cannot_be_written_is_named(everything, look, tmp_path):
     assert code == 2 and f"--html {tmp_path}: cannot be written: Is a directory" in errors
 
 
+def test_data_of_which_nothing_is_trained(look, tmp_path):
+    data = write(tmp_path / "data.jsonl", [messages("word " * 300, "never reached")] * 2)
+    for flags in ([], ["--html", tmp_path / "page.html"], ["--overlong", "drop"]):
+        output, errors, code = look(data, "--model_max_length", 64, *flags)
+        assert code == 2 and "no sample of the train data is left to learn from" in errors
+        assert re.search(r"left out +2 +100.0%", output) and "Traceback" not in errors
+    [card, _] = page_of(tmp_path / "page.html")["records"]
+    assert card["reasons"] == ["nothing to learn"] and card["samples"][0]["kept"] == 64
+
+
 def test_help_has_the_flags_of_the_data_in_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
