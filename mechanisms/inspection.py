@@ -21,7 +21,7 @@ from tokenizers import AddedToken
 from mechanisms.data.cores import on_all_cores
 from mechanisms.data.datasets import Subset, read_files
 from mechanisms.data.encoder import ConversationEncoder
-from mechanisms.data.records import Notices, Place, Problems
+from mechanisms.data.records import Notices, Place, Problems, deeper
 from mechanisms.data.report import DataReport
 from mechanisms.data.shapes import BadRecord, find_shape, to_conversation, with_columns
 from mechanisms.data.template import HEADER, ChatTemplate, strings
@@ -313,13 +313,13 @@ class Viewer:
         self.prompt = inference_prompt(encoder.template)
 
     def __call__(self, place: Place, record: object) -> Shown:
-        samples, reasons, text = [], [], json.dumps(record, ensure_ascii=False, default=str)
+        samples, reasons, text = [], [], as_json(record)
         try:
             conversation = to_conversation(record, Notices(), self.columns)
             excerpts = self.encoder.excerpts(conversation, Notices())
             samples = [self._sample(conversation, *excerpt) for excerpt in excerpts]
             outcomes = {self.encoder.encode(*excerpt).outcome for excerpt in excerpts} or {"nothing to learn"}
-            reasons = sorted(outcomes - {"kept", "truncated"})
+            reasons = [] if outcomes & {"kept", "truncated"} else sorted(outcomes)
         except BadRecord as bad:
             reasons = [": ".join(filter(None, reason)) for reason in bad.args[0]]
         return Shown(place, samples, reasons, text)
@@ -347,9 +347,9 @@ class Viewer:
             file, line, record = found.places[number].tolist()
             path = found.files[file]
             if row := bad.get((path, record)):
-                data = row["data"] if isinstance(row["data"], str) else json.dumps(
-                    row["data"], ensure_ascii=False, default=str)
-                shown[number] = Shown(Place(path, line, record), [], row["reasons"], data)
+                data = row["data"]
+                shown[number] = Shown(Place(path, line, record), [], row["reasons"],
+                                      data if isinstance(data, str) else as_json(data))
             else:
                 wanted[path, record] = number
         files = sorted({path for path, _ in wanted}, key=found.files.index)
@@ -360,6 +360,10 @@ class Viewer:
                 if not wanted:
                     break
         return shown
+
+
+def as_json(record: object) -> str:
+    return "(nested too deeply to be shown)" if deeper(record) else json.dumps(record, ensure_ascii=False, default=str)
 
 
 def uncut_encoder(encoder: ConversationEncoder) -> ConversationEncoder:

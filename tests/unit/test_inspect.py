@@ -194,8 +194,10 @@ def test_one_record_has_all_ids(everything, look, make_model):
     ids = tokenizer.encode("Seoul is the capital of Korea.")
     assert [int(number) for number in re.findall(r"\|(\d+)", output)] == [*ids, end]
     assert "not trained: unknown role" in look(everything, "--record", "all.jsonl:6")[0]
+    everything.write_text('{"messages": ' + "[" * 900 + "]" * 900 + "}\n" + everything.read_text())
+    assert "nested too deeply" in look(everything, "--record", "all.jsonl:1")[0]
     output, _, code = look(everything, "--search", "SEOUL")
-    assert not code and "2 records with 'SEOUL'" in output and "match - all.jsonl:5\n" in output
+    assert not code and "2 records with 'SEOUL'" in output and "match - all.jsonl:6\n" in output
 
 
 @pytest.mark.parametrize("flags, message", [
