@@ -99,11 +99,14 @@ class Output:
         """A line, or more where it is too long, all but the first one indented."""
         text = text if isinstance(text, Text) else Text(visible(text), style)
         for part in text.split("\n", allow_blank=True):
-            first, *rest = part.wrap(self.console, self.width) or [Text()]
-            rest = part[len(first.plain):] if rest else Text()
-            self.console.print(first)
-            for more in rest.wrap(self.console, self.width - indent) if rest else ():
-                self.console.print(Text(" " * indent) + more)
+            lines = list(part.wrap(self.console, self.width))
+            if indent and len(lines) > 1:
+                rest = part[len(lines[0]):]
+                rest = rest[len(rest.plain) - len(rest.plain.lstrip()):]
+                more = rest.wrap(self.console, self.width - indent)
+                lines[1:] = [Text(" " * indent).append_text(line) for line in more]
+            for line in lines or [Text()]:
+                self.console.print(line)
 
     def heading(self, text):
         self.line()
@@ -113,16 +116,24 @@ class Output:
         for line in "\n".join(lines).split("\n"):
             self.line(line, indent=len(line) - len(line.lstrip()) + 2)
 
-    def bars(self, rows):
-        """[(label, count, what stands behind it)], each with a bar as long as its count."""
+    def bars(self, rows, cut=None, name=""):
+        """[(label, count, what stands behind it)], each with a bar as long as its count.
+
+        cut: number of the row in front of which there is a line with a name.
+        """
         rows = [(visible(label), count, f"{count:,}", behind) for label, count, behind in rows]
         label_width, count_width, behind_width = (max(cell_len(row[column]) for row in rows) for column in (0, 2, 3))
         room = self.width - label_width - count_width - behind_width - 8
         most = max(count for _, count, _, _ in rows) or 1
+        lines = []
         for label, count, number, behind in rows:
             bar = self.block * max(round(room * count / most), count > 0)
             label, number = set_cell_size(label, label_width), number.rjust(count_width)
-            self.line(Text(f"  {label}  {number}  {behind:<{behind_width}}  ") + Text(bar, "cyan"))
+            lines.append(Text(f"  {label}  {number}  {behind:<{behind_width}}  ") + Text(bar, "cyan"))
+        if cut is not None:
+            lines.insert(cut, Text(f"  -- {name} ".ljust(self.width, "-"), "yellow"))
+        for line in lines:
+            self.line(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,13 +148,9 @@ def show_counts(output, found, max_length):
     width = max(map(len, labels), default=0)
     total = sum(count for _, _, count in parts) or 1
     rows = [(label.rjust(width), count, f"{count / total:.1%}") for label, (_, _, count) in zip(labels, parts)]
-    below = sum(most <= max_length for _, most, _ in parts)
-    for group in (rows[:below], rows[below:]):
-        if group is not rows[:0] and group:
-            output.bars(group)
-        if group == rows[:below]:
-            cut = f"  -- --model_max_length {max_length:,} "
-            output.line(cut + "-" * (output.width - len(cut)), "yellow" if rows[below:] else "dim")
+    if rows:
+        below = sum(most <= max_length for _, most, _ in parts)
+        output.bars(rows, cut=below, name=f"--model_max_length {max_length:,}")
     for title, name in (("Shapes of the records", "shapes"), ("Messages by role", "roles"),
                         ("Languages, by the script of most letters", "scripts")):
         output.heading(title)
@@ -279,12 +286,18 @@ def inspect(argv):
     if "eval" in surveys and (both := surveys["train"].overlap(surveys["eval"])):
         output.line(f"  note: {both:,} conversations of the evaluation data are trained on too", "yellow", indent=4)
     if args.html:
-        write_page(args.html, viewer, surveys, reports, training.model_name_or_path, random_order(surveys["train"]))
+        try:
+            write_page(args.html, viewer, surveys, reports, training.model_name_or_path, random_order(surveys["train"]))
+        except OSError as error:
+            raise UserError(f"--html {args.html}: cannot be written: {error.strerror}") from error
         output.line()
         output.line(f"{args.html}: {os.path.getsize(args.html):,} bytes, for any browser")
     else:
         show_samples(output, viewer, surveys["train"], reports["train"])
     problems.stop_or_skip(training.skip_bad_rows)
+    for name, report in reports.items():
+        if not report.kept:
+            raise UserError(f"no sample of the {name} data is left to learn from (see the table above)")
 
 
 def show_samples(output, viewer, found, report):
@@ -322,7 +335,7 @@ def find(output, viewer, training, args):
                 return show_record(output, tokenizer, shown, "record", args.record)
         raise UserError(f"--record {args.record}: no record begins on that line")
     text = args.search.casefold()
-    for place, record in read_files(files, problems):
+    for place, record in read_files(files, problems):  # what is wrong with others does not matter here
         if any(text in part.casefold() for part in strings(record)):
             matches += 1
             if matches <= SHOWN_MATCHES:

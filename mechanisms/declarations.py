@@ -159,7 +159,7 @@ def print_help(script: str, training: str | None = None, shown: tuple[str, ...] 
     width = min(shutil.get_terminal_size().columns, 110)
     print(_narrow(read_docstring(script), width))
     groups, others = read_flags(script), []
-    groups |= {group: read_flags(training)[group] for group in shown}
+    groups = groups | {group: read_flags(training)[group] for group in shown}
     for group, flags in groups.items():
         if group == TRAINER:
             others = sorted(flag.public for flag in flags if flag.shown)

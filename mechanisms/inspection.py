@@ -21,7 +21,7 @@ from tokenizers import AddedToken
 from mechanisms.data.cores import on_all_cores
 from mechanisms.data.datasets import Subset, read_files
 from mechanisms.data.encoder import ConversationEncoder
-from mechanisms.data.records import Notices, Place, Problems
+from mechanisms.data.records import Notices, Place, Problems, deeper
 from mechanisms.data.report import DataReport
 from mechanisms.data.shapes import BadRecord, find_shape, to_conversation, with_columns
 from mechanisms.data.template import HEADER, ChatTemplate, strings
@@ -44,7 +44,6 @@ class Survey:
     files: paths of the data files
     places: int64 (records, 3): number of the file in `files`, line, number of the record in its file
     kinds: {kind: bool (records)}
-    reasons: {number of a record: why it is left out}
     lengths, times: int64 (samples), tokens of each without any cut, and how often it is taken
     counts: {"shapes" | "roles" | "scripts": Counter of records, messages, records}
     turns: int64 (TURNS, 2): trained answers, and their tokens, by which trained answer of its record each is; None
@@ -55,7 +54,6 @@ class Survey:
     files: list[str]
     places: np.ndarray
     kinds: dict[str, np.ndarray]
-    reasons: dict[int, str]
     lengths: np.ndarray
     times: np.ndarray
     counts: dict[str, collections.Counter]
@@ -78,11 +76,13 @@ def short_names(files: Iterable[str]) -> dict[str, str]:
 
 
 class _Found(NamedTuple):
-    """What one process finds in some records; rows: file, line, number, flags of `_FLAGS` as bits, longest sample."""
+    """What one process finds in some records.
+
+    rows: file, line, number, `_FLAGS` as bits, and the longest sample of a record that may be cut or left out
+    """
 
     rows: list[tuple[int, int, int, int, int]]
     digests: list[int]
-    reasons: dict[int, str]  # by row
     uncut: list[tuple[int, int, list[int]]]  # file, number and lengths of the samples of records that may be cut
     counts: dict[str, collections.Counter]
 
@@ -105,7 +105,7 @@ def survey(dataset, report: DataReport, encoder: ConversationEncoder, columns: d
     uncut = uncut_encoder(encoder)
 
     def look(records):
-        found = _Found([], [], {}, [], {name: collections.Counter() for name in ("shapes", "roles", "scripts")})
+        found = _Found([], [], [], {name: collections.Counter() for name in ("shapes", "roles", "scripts")})
         for place, record in records:
             file = files[place.path]
             if (key := _key(file, place.number)) in rejected:
@@ -116,9 +116,6 @@ def survey(dataset, report: DataReport, encoder: ConversationEncoder, columns: d
                 excerpts = encoder.excerpts(conversation, Notices())
                 lengths = [len(uncut.encode(*excerpt).input_ids) for excerpt in excerpts]
                 found.uncut.append((file, place.number, lengths))
-                if key not in kept:
-                    outcomes = [encoder.encode(*excerpt).outcome for excerpt in excerpts]
-                    found.reasons[len(found.rows)] = outcomes[-1] if outcomes else "nothing to learn"
             found.rows.append((file, place.line, place.number, _flags(conversation, encoder.template),
                                max(lengths, default=0)))
             found.digests.append(conversation.digest)
@@ -127,27 +124,24 @@ def survey(dataset, report: DataReport, encoder: ConversationEncoder, columns: d
             found.counts["scripts"][script_of(conversation.messages)] += 1
         return found
 
-    rows, digests, reasons, uncut_lengths, counts = [np.zeros((0, 5), np.int64)], [], {}, [], {}
-    records, done = read_files(files, Problems()), 0
+    rows, digests, uncut_lengths, counts = [np.zeros((0, 5), np.int64)], [], [], {}
+    records = read_files(files, Problems())
     for found in on_all_cores(look, iter(lambda: list(itertools.islice(records, 500)), [])):
-        reasons.update({done + row: reason for row, reason in found.reasons.items()})
-        done += len(found.rows)
         rows.append(np.array(found.rows, np.int64).reshape(-1, 5))
         digests += found.digests
         uncut_lengths += found.uncut
         for name, counter in found.counts.items():
             counts.setdefault(name, collections.Counter()).update(counter)
     bad = report.problems.rejected
-    reasons.update({done + number: "; ".join(row["reasons"]) for number, row in enumerate(bad)})
     rows.append(np.array([(files[row["file"]], row["line"], row["record"], 0, 0) for row in bad],
                          np.int64).reshape(-1, 5))
     times, held = (np.bincount(np.array(indices, np.int64)[part], minlength=len(cache))
                    for part in (slice(None), held_out.indices if held_out else slice(0)))
-    return _survey(cache, times, held > 0, encoder, np.concatenate(rows), np.array(digests, np.uint64), reasons,
-                   uncut_lengths, counts)
+    return _survey(cache, times, held > 0, encoder, np.concatenate(rows), np.array(digests, np.uint64), uncut_lengths,
+                   counts)
 
 
-def _survey(cache, times, held, encoder, rows, digests, reasons, uncut, counts):
+def _survey(cache, times, held, encoder, rows, digests, uncut, counts):
     usable, keys = len(digests), _key(rows[:, 0], rows[:, 2])
     sample_keys = _sample_keys(cache)
     kept_keys, first, samples = np.unique(sample_keys, return_index=True, return_counts=True)
@@ -180,7 +174,7 @@ def _survey(cache, times, held, encoder, rows, digests, reasons, uncut, counts):
     taken = dict(zip(kept_keys.tolist(), times[first].tolist()))
     whole = [(length, taken.get(key, 1)) for key, (_, _, lengths) in zip(again.tolist(), uncut) for length in lengths]
     whole = np.array([pair for pair in whole if pair[0]], np.int64).reshape(-1, 2)
-    return Survey(list(cache.files), rows[:, :3], kinds, reasons,
+    return Survey(list(cache.files), rows[:, :3], kinds,
                   np.concatenate([cache.lengths[as_they_are], whole[:, 0]]),
                   np.concatenate([times[as_they_are], whole[:, 1]]), counts, turns, cache.digests)
 
@@ -319,13 +313,13 @@ class Viewer:
         self.prompt = inference_prompt(encoder.template)
 
     def __call__(self, place: Place, record: object) -> Shown:
-        samples, reasons, text = [], [], json.dumps(record, ensure_ascii=False, default=str)
+        samples, reasons, text = [], [], as_json(record)
         try:
             conversation = to_conversation(record, Notices(), self.columns)
             excerpts = self.encoder.excerpts(conversation, Notices())
             samples = [self._sample(conversation, *excerpt) for excerpt in excerpts]
             outcomes = {self.encoder.encode(*excerpt).outcome for excerpt in excerpts} or {"nothing to learn"}
-            reasons = sorted(outcomes - {"kept", "truncated"})
+            reasons = [] if outcomes & {"kept", "truncated"} else sorted(outcomes)
         except BadRecord as bad:
             reasons = [": ".join(filter(None, reason)) for reason in bad.args[0]]
         return Shown(place, samples, reasons, text)
@@ -353,9 +347,9 @@ class Viewer:
             file, line, record = found.places[number].tolist()
             path = found.files[file]
             if row := bad.get((path, record)):
-                data = row["data"] if isinstance(row["data"], str) else json.dumps(
-                    row["data"], ensure_ascii=False, default=str)
-                shown[number] = Shown(Place(path, line, record), [], row["reasons"], data)
+                data = row["data"]
+                shown[number] = Shown(Place(path, line, record), [], row["reasons"],
+                                      data if isinstance(data, str) else as_json(data))
             else:
                 wanted[path, record] = number
         files = sorted({path for path, _ in wanted}, key=found.files.index)
@@ -366,6 +360,10 @@ class Viewer:
                 if not wanted:
                     break
         return shown
+
+
+def as_json(record: object) -> str:
+    return "(nested too deeply to be shown)" if deeper(record) else json.dumps(record, ensure_ascii=False, default=str)
 
 
 def uncut_encoder(encoder: ConversationEncoder) -> ConversationEncoder:

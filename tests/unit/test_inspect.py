@@ -157,6 +157,30 @@ def test_all_is_counted_and_placed(everything, look):
     assert not look(everything, "--model_max_length", 256, "--skip_bad_rows", 1)[2]
 
 
+def test_a_page_that_cannot_be_written_is_named(everything, look, tmp_path):
+    _, errors, code = look(everything, "--html", tmp_path, "--skip_bad_rows", 1)
+    assert code == 2 and f"--html {tmp_path}: cannot be written: Is a directory" in errors
+
+
+def test_data_of_which_nothing_is_trained(look, tmp_path):
+    data = write(tmp_path / "data.jsonl", [messages("word " * 300, "never reached")] * 2)
+    for flags in ([], ["--html", tmp_path / "page.html"], ["--overlong", "drop"]):
+        output, errors, code = look(data, "--model_max_length", 64, *flags)
+        assert code == 2 and "no sample of the train data is left to learn from" in errors
+        assert re.search(r"left out +2 +100.0%", output) and "Traceback" not in errors
+    [card, _] = page_of(tmp_path / "page.html")["records"]
+    assert card["reasons"] == ["nothing to learn"] and card["samples"][0]["kept"] == 64
+
+
+def test_help_has_the_flags_of_the_data_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        inspect_data.main(["--help"])
+    output = capsys.readouterr().out
+    assert {"--html", "--record", "--search", "--thinking", "--columns", "--model_name_or_path"} <= set(output.split())
+    assert "--learning_rate" not in output and max(map(len, output.splitlines())) <= 80
+
+
 def test_no_line_is_wider_than_the_terminal(everything, look):
     output = look(everything)[0] + look(everything, "--record", f"{everything}:8")[0]
     assert max(map(cell_len, output.splitlines())) == 80 and "我是蒂洛" in output
@@ -170,8 +194,10 @@ def test_one_record_has_all_ids(everything, look, make_model):
     ids = tokenizer.encode("Seoul is the capital of Korea.")
     assert [int(number) for number in re.findall(r"\|(\d+)", output)] == [*ids, end]
     assert "not trained: unknown role" in look(everything, "--record", "all.jsonl:6")[0]
+    everything.write_text('{"messages": ' + "[" * 900 + "]" * 900 + "}\n" + everything.read_text())
+    assert "nested too deeply" in look(everything, "--record", "all.jsonl:1")[0]
     output, _, code = look(everything, "--search", "SEOUL")
-    assert not code and "2 records with 'SEOUL'" in output and "match - all.jsonl:5\n" in output
+    assert not code and "2 records with 'SEOUL'" in output and "match - all.jsonl:6\n" in output
 
 
 @pytest.mark.parametrize("flags, message", [
