@@ -157,6 +157,7 @@ def test_a_tracker_that_is_not_installed(tracker, monkeypatch):
     assert problems(f"--report_to {tracker}") == [
         f"--report_to {tracker}: its package is not installed: pip install {tracker}"]
     monkeypatch.setattr(trials, "get_available_reporting_integrations", lambda: [tracker])
+    monkeypatch.setenv("WANDB_MODE", "offline")
     parse(f"--report_to {tracker} --run_name x")
 
 
@@ -234,3 +235,22 @@ def test_the_page_of_flags_is_what_the_code_says():
     assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.sweep docs"
     for name in FLAGS:
         assert name.startswith("no_") or f"`--{PUBLIC.get(name, name)}`" in page()
+
+
+@pytest.mark.parametrize("tracker, netrc", [("wandb", ".netrc"), ("swanlab", ".swanlab/.netrc")])
+def test_a_tracker_without_a_login(tracker, netrc, tmp_path, monkeypatch):
+    """It would ask for one, or fail, after the model is loaded."""
+    key, mode = f"{tracker.upper()}_API_KEY", f"{tracker.upper()}_MODE"
+    monkeypatch.setattr(trials, "get_available_reporting_integrations", lambda: [tracker])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (key, mode):
+        monkeypatch.delenv(name, raising=False)
+    [problem] = problems(f"--report_to {tracker}")
+    assert f"--report_to {tracker}: nobody is logged in: {tracker} login, or {key}=" in problem and mode in problem
+    for name, value in ((key, "secret"), (mode, "offline")):
+        with monkeypatch.context() as here:
+            here.setenv(name, value)
+            parse(f"--report_to {tracker}")
+    (tmp_path / netrc).parent.mkdir(exist_ok=True)
+    (tmp_path / netrc).write_text(f"machine api.{tracker}.{'ai' if tracker == 'wandb' else 'cn'} login user password x")
+    parse(f"--report_to {tracker}")
