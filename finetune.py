@@ -591,6 +591,7 @@ def run(model_args, data_args, training_args, lora_args, command):
                 model = add_adapter(model, adapter, training_args, lora_args)
         if plan.checkpointing and training_args.use_lora:
             model.enable_input_require_grads()  # checkpointed blocks need an input with a gradient
+        transformers.utils.logging.disable_progress_bar()  # one for each checkpoint would follow
         training = summary.before_training(model, training_args, lora_args, train_dataset)
         say(*training)
 
