@@ -592,6 +592,7 @@ def run(model_args, data_args, training_args, lora_args, command):
         if training_args.use_lora:
             with gptqmodel_hidden(not is_gptq(config)):
                 model = add_adapter(model, adapter, training_args, lora_args)
+        transformers.utils.logging.disable_progress_bar()  # one for each checkpoint would follow
         training = summary.before_training(model, training_args, lora_args, train_dataset)
         say(*training)
 

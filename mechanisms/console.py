@@ -28,7 +28,9 @@ def say(*lines):
     if lines and int(os.environ.get("RANK", 0)) == 0:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = "\n".join(_fitted(str(line)) for line in lines)
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        show = tqdm.write if sys.stdout.isatty() else print  # a bar that stands there makes room
+        show(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
 
 
 def _fitted(line):

@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import json
 import os
+import pathlib
+import urllib.parse
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +20,10 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from mechanisms.errors import first_line
 
+# Trackers that want an account: how to log in, modes without one, and where a login is kept.
+ACCOUNTS = {"wandb": ("WANDB_API_KEY", "WANDB_MODE", ("offline", "disabled"), ("~/.netrc", "~/_netrc"), "api.wandb.ai"),
+            "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE", ("local", "offline", "disabled"),
+                        ("~/.swanlab/.netrc", ".swanlab/.netrc"), "machine")}
 METRICS = "loss", "eval_loss"  # of an evaluation, see SafeTrainer.evaluation_loop
 WEIGHTS = 4096  # the fewest that bitsandbytes holds in 8 bits
 
@@ -124,6 +130,25 @@ def _checkpointing(args):
 
 def _trackers(args):
     installed = get_available_reporting_integrations() if args.report_to else []
-    return [f"--report_to {name}: its package is not installed: pip install {name}" if name in INTEGRATION_TO_CALLBACK
-            else f"--report_to {name}: no such tracker. There are {', '.join(INTEGRATION_TO_CALLBACK)}"
-            for name in args.report_to if name not in installed]
+    return [problem for name in args.report_to if (problem := _tracker(name, name in installed))]
+
+
+def _tracker(name, installed):
+    """What is wrong with a tracker, or None. Without an account it would ask for one when the model is loaded."""
+    if name not in INTEGRATION_TO_CALLBACK:
+        return f"--report_to {name}: no such tracker. There are {', '.join(INTEGRATION_TO_CALLBACK)}"
+    if not installed:
+        return f"--report_to {name}: its package is not installed: pip install {name}"
+    if name not in ACCOUNTS:
+        return None
+    key, mode, offline, files, host = ACCOUNTS[name]
+    host = urllib.parse.urlsplit(os.environ.get(f"{name.upper()}_BASE_URL", "")).hostname or host
+    if os.environ.get(key) or os.environ.get(mode) in offline or any(_mentions(file, host) for file in files):
+        return None
+    return (f"--report_to {name}: nobody is logged in: {name} login, or {key}=...; with {mode}={offline[0]} the "
+            "numbers stay on this machine")
+
+
+def _mentions(file, word):
+    file = pathlib.Path(file).expanduser()
+    return file.is_file() and word in file.read_text(encoding="utf-8", errors="replace")

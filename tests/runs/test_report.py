@@ -353,3 +353,18 @@ def test_the_smoothed_curve_does_not_lag():
     line = [(step, 100 - step) for step in range(100)]
     assert [value for _, value in smooth(line)] == pytest.approx([value for _, value in line])
     assert smooth([(1, 5.0)]) == [(1, 5.0)] and smooth([]) == []
+
+
+def test_tensorboard_gets_every_number(start, tmp_path, monkeypatch):
+    """Its own reader finds in its event files what the history holds."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = start(tmp_path / "out", *EVALUATED, "--report_to", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    for key, tag in (("loss", "train/loss"), ("grad_norm", "train/grad_norm"), ("memory", "train/memory"),
+                     ("tokens_per_second", "train/tokens_per_second"), ("eval_loss", "eval/loss"),
+                     ("eval_loss_messages.jsonl", "eval/loss_messages.jsonl")):
+        found = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert found == [(step, pytest.approx(value)) for step, value in numbers(trainer, key)], tag

@@ -157,6 +157,7 @@ def test_a_tracker_that_is_not_installed(tracker, monkeypatch):
     assert problems(f"--report_to {tracker}") == [
         f"--report_to {tracker}: its package is not installed: pip install {tracker}"]
     monkeypatch.setattr(trials, "get_available_reporting_integrations", lambda: [tracker])
+    monkeypatch.setenv("WANDB_MODE", "offline")
     parse(f"--report_to {tracker} --run_name x")
 
 
@@ -228,3 +229,22 @@ def test_cases_give_the_flag_another_value_than_its_default():
         assert FLAGS[name].default in (None, "") or f" --{name} {FLAGS[name].default} " not in f" {case.words} "
     for name, file in flag_cases.ELSEWHERE.items():
         assert f'"--{name}"' in (Path(finetune.__file__).parent / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("tracker, netrc", [("wandb", ".netrc"), ("swanlab", ".swanlab/.netrc")])
+def test_a_tracker_without_a_login(tracker, netrc, tmp_path, monkeypatch):
+    """It would ask for one, or fail, after the model is loaded."""
+    key, mode = f"{tracker.upper()}_API_KEY", f"{tracker.upper()}_MODE"
+    monkeypatch.setattr(trials, "get_available_reporting_integrations", lambda: [tracker])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (key, mode):
+        monkeypatch.delenv(name, raising=False)
+    [problem] = problems(f"--report_to {tracker}")
+    assert f"--report_to {tracker}: nobody is logged in: {tracker} login, or {key}=" in problem and mode in problem
+    for name, value in ((key, "secret"), (mode, "offline")):
+        with monkeypatch.context() as here:
+            here.setenv(name, value)
+            parse(f"--report_to {tracker}")
+    (tmp_path / netrc).parent.mkdir(exist_ok=True)
+    (tmp_path / netrc).write_text(f"machine api.{tracker}.{'ai' if tracker == 'wandb' else 'cn'} login user password x")
+    parse(f"--report_to {tracker}")
