@@ -26,10 +26,10 @@ def base_metadata(base, ask_hub):
     name = source_name(base)
     if os.path.isdir(base) or os.path.isdir(name) or not ask_hub:
         return card_metadata(name) or card_metadata(base)
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     try:
-        return card_metadata(os.path.dirname(hf_hub_download(name, "README.md", endpoint=constants.ENDPOINT)))
+        return card_metadata(os.path.dirname(hf_hub_download(name, "README.md")))
     except OSError:  # it has no card, or none that we may read
         return {}
 
