@@ -151,12 +151,17 @@ def _literal(node):
 
 # -- help -------------------------------------------------------------------------------------------------------------
 
-def print_help(script: str):
-    """The script's docstring, then its flags by dataclass, at most as wide as the terminal (80 without one)."""
+def print_help(script: str, training: str | None = None):
+    """The script's docstring, then its flags by dataclass, at most as wide as the terminal (80 without one).
+
+    training: a script for training whose flags it takes too. Those of the model and the data are shown.
+    """
     width = min(shutil.get_terminal_size().columns, 110)
     print(_narrow(read_docstring(script), width))
-    others = []
-    for group, flags in read_flags(script).items():
+    groups, others = read_flags(script), []
+    if training:
+        groups |= {group: read_flags(training)[group] for group in ("ModelArguments", "DataArguments")}
+    for group, flags in groups.items():
         if group == TRAINER:
             others = sorted(flag.public for flag in flags if flag.shown)
             continue

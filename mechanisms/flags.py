@@ -9,6 +9,7 @@ Beside what argparse knows, the metadata of a field may say:
   "hidden": it has no effect, and `--help` leaves it out
 """
 
+import argparse
 import difflib
 import glob
 import json
@@ -50,14 +51,16 @@ class Given(NamedTuple):
         return self.place + self.written
 
 
-def prepare_command_line(script: str, argv: list[str], like: str | None = None) -> list[str]:
+def prepare_command_line(script: str, argv: list[str], training: str | None = None,
+                         words_too: bool = False) -> list[str]:
     """Read config files, check the names and values of all flags, answer `--help`.
 
     Args:
         script: path of the script whose `*Arguments` dataclasses define the flags.
-        like: another script whose flags are taken as well, so that its command lines can be; none has to be given.
+        training: path of a script for training, for a script that takes all flags of that too.
         argv: the arguments after the script's name. Words that end in .yaml, .yml or .json and are not the value of a
             flag are config files: mappings of flags to values.
+        words_too: whether a script with `training` takes words beside the flags. It needs none of these flags then.
 
     Returns:
         argv for `HfArgumentParser`: words that belong to no flag, the flags of files, those of the command line, so
@@ -70,22 +73,22 @@ def prepare_command_line(script: str, argv: list[str], like: str | None = None) 
     """
     if "-h" in argv or "--help" in argv:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a word, like any Unix tool
-        print_help(script)
+        print_help(script, training)
         sys.exit(0)
-    flags, trains = _flags_by_name(script, like)
+    flags, trains = _flags_by_name(script, training)
     given, words = _split(argv, flags)
     given = [Given(flags.get(_name(key)), values, key, f"{path}: ") for path in words if path.endswith(CONFIG_FILE)
              for key, values in read_config(path)] + given
     words = [word for word in words if not word.endswith(CONFIG_FILE)]
 
     problems = [_unknown(entry, flags, trains) for entry in given if not entry.flag]
-    if trains and not like:  # the others may take words
+    if trains and not words_too:  # the others may take words
         problems += [f"unexpected argument {word!r}" for word in words]
     advice = f"{NEXT_LINE}All flags: python {os.path.basename(script)} --help" if problems else ""
     given = [entry._replace(values=_as_declared(entry)) for entry in given if entry.flag]
     problems += [problem for entry in given if (problem := _wrong_values(entry))]
     last = {entry.flag.name: entry for entry in given}
-    if not advice and not like:  # else it may be there under another name
+    if not advice and not words_too:  # else it may be there under another name
         problems += [_missing(flag) for flag in flags.values() if flag.required and flag.name not in last]
     last = {name: entry for name, entry in last.items() if not _wrong_values(entry)}
     problems += [problem for entry in last.values() for problem in _not_there(entry)]
@@ -128,6 +131,39 @@ def parse_into(classes: Iterable[type], argv: list[str], problems: list[str] | N
     return *made, words
 
 
+def read_values(script: str, argv: list[str]) -> argparse.Namespace:
+    """What `prepare_command_line` returned -> the values of the flags that a script declares, without importing it.
+
+    Values that are neither numbers nor True and False stay text; those that the script inherits are left out.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in [flag for group, flags in read_flags(script).items() if group != TRAINER for flag in flags]:
+        if flag.nargs != 0:
+            const = {"const": True} if flag.nargs == "?" else {}
+            parser.add_argument(f"--{flag.name}", nargs=flag.nargs, default=flag.default, **const, type={
+                "int": int, "float": float, "bool": _truth}.get(flag.type, str))
+    return parser.parse_known_args(argv)[0]
+
+
+def read_groups(script: str, argv: list[str], training: str) -> tuple[dict, list[str]]:
+    """What `prepare_command_line` returned -> ({dataclass: SimpleNamespace of its flags' values}, words beside the
+    flags): as `read_values`, but with the flags of `training`, those that it inherits too.
+    """
+    given, words = _split(argv, _flags_by_name(script, training)[0])
+    values = {entry.flag.name: _typed(entry) for entry in given}
+    return {group: SimpleNamespace(**{flag.name: values.get(flag.name, flag.default) for flag in flags})
+            for group, flags in (read_flags(script) | read_flags(training)).items()}, words
+
+
+def _typed(entry):
+    convert = {"int": int, "float": float, "bool": _truth}.get(entry.flag.type, str)
+    return list(map(convert, entry.values)) if entry.flag.nargs == "+" else convert(_value(entry))
+
+
+def _truth(word):
+    return word.lower() in BOOLEANS[:len(BOOLEANS) // 2]
+
+
 def _make(cls, values, problems):
     """An instance of a dataclass. What it says against a value becomes a problem, and that value is left out, until
     it says nothing more: by itself it would name the first problem only."""
@@ -166,28 +202,9 @@ def _try(cls, values):
 
 # -- what is given ----------------------------------------------------------------------------------------------------
 
-def read_values(script: str, argv: list[str], like: str | None = None) -> tuple[dict, list[str]]:
-    """What `prepare_command_line` returned -> ({dataclass: SimpleNamespace of its flags' values}, words beside the
-    flags), with nothing imported: what a dataclass itself makes of its values is not done.
-    """
-    given, words = _split(argv, _flags_by_name(script, like)[0])
-    values = {entry.flag.name: _typed(entry) for entry in given}
-    return {group: SimpleNamespace(**{flag.name: values.get(flag.name, flag.default) for flag in flags})
-            for group, flags in _groups(script, like).items()}, words
-
-
-def _typed(entry):
-    convert = {"int": int, "float": float, "bool": "True".__eq__}.get(entry.flag.type, str)
-    return list(map(convert, entry.values)) if entry.flag.nargs == "+" else convert(_value(entry))
-
-
-def _groups(script, like):
-    return read_flags(script) | (read_flags(like) if like else {})
-
-
-def _flags_by_name(script, like=None):
-    """({name that a user may write: Flag}, whether it is a script for training)"""
-    groups = _groups(script, like)
+def _flags_by_name(script, training):
+    """({name that a user may write: Flag}, whether the flags of training are among them)"""
+    groups = read_flags(script) | (read_flags(training) if training else {})
     flags = {flag.name: flag for group in groups.values() for flag in group}
     trains = TRAINER in groups
     if trains:
@@ -334,7 +351,7 @@ def _value(entry):
     if entry.flag.nargs == 0:
         return "False"
     value = " ".join(entry.values) or ("True" if entry.flag.nargs == "?" else "")
-    return str(value.lower() in BOOLEANS[:len(BOOLEANS) // 2]) if entry.flag.type == "bool" else value
+    return str(_truth(value)) if entry.flag.type == "bool" else value
 
 
 def _is_default(flag, value):
