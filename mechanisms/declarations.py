@@ -160,7 +160,7 @@ def print_help(script: str, training: str | None = None):
     print(_narrow(read_docstring(script), width))
     groups, others = read_flags(script), []
     if training:
-        groups |= {group: read_flags(training)[group] for group in ("ModelArguments", "DataArguments")}
+        groups = groups | {group: read_flags(training)[group] for group in ("ModelArguments", "DataArguments")}
     for group, flags in groups.items():
         if group == TRAINER:
             others = sorted(flag.public for flag in flags if flag.shown)
