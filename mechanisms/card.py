@@ -15,10 +15,11 @@ def head(base, library, pipeline, ask_hub=False, **metadata):
     base: path of the base model, whose licence is the result's; ask_hub: whether to look for its card there.
     """
     of_base = base_metadata(base, ask_hub)
-    rows = {"base_model": source_name(base), "library_name": library, "pipeline_tag": pipeline,
-            **{key: of_base[key] for key in LICENCE if key in of_base}, **metadata}
-    lines = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in rows.items())
-    return f"---\n{lines}---\n\n"
+    foreign = {"base_model": source_name(base), **{key: of_base[key] for key in LICENCE if key in of_base}}
+    own = {"library_name": library, "pipeline_tag": pipeline, **metadata}
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in foreign.items()]
+    lines += [f"{key}: {value}" for key, value in own.items()]
+    return "\n".join(["---", *lines, "---", "", ""])
 
 
 def base_metadata(base, ask_hub):
