@@ -13,12 +13,18 @@ rm -rf demo_output
 export HF_HOME=$PWD/demo_output/cache # where finetune.py keeps tokenized data
 export OMP_NUM_THREADS=1              # a model so small gains nothing from a second thread, and the sums stay the same
 
-run() { # show a command, then run it
-    printf '\n+ %s\n' "$*"
+run() { # show a command, as it can be pasted, then run it
+    local word
+    printf '\n+'
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9_./:=-]+$ ]] || word=${word@Q}
+        printf ' %s' "$word"
+    done
+    printf '\n'
     "$@"
 }
 
-echo "The lines with a + are the commands. To run one yourself: source .venv/bin/activate"
+echo "The lines with a + are the commands. To run one yourself, in this folder: source .venv/bin/activate"
 
 # 1. A model that knows nothing.
 run python examples/make_tiny_model.py --output_dir demo_output/tiny-chat

@@ -1,7 +1,7 @@
 """What fits: the GPU memory that training takes, by method and strategy, from a model's config.json alone.
 
-  python estimate_memory.py Qwen/Qwen2.5-7B-Instruct                          # every method on one GPU
-  python estimate_memory.py Qwen/Qwen2.5-7B-Instruct --gpus 4 --gpu_memory 24 # and every strategy, on these cards
+  python estimate_memory.py Qwen/Qwen2.5-7B-Instruct                           # every method on one GPU
+  python estimate_memory.py Qwen/Qwen2.5-7B-Instruct --gpus 4 --gpu_memory 24  # every strategy
   python estimate_memory.py MODEL --use_lora --model_max_length 4096 --json   # with flags of finetune.py
 
 MODEL is a folder or a name on the Hub; of its files only config.json is read (and the small ones beside it, where its
@@ -26,14 +26,14 @@ CARDS = 16, 24, 40, 80, 141  # GB that GPUs are sold with
 class EstimateArguments:
     gpus: int = field(default=1, metadata={"help": "GPUs that share the work."})
     gpu_memory: float = field(default=None, metadata={
-        "help": f"GB of each (default: a column for each of {', '.join(map(str, CARDS))})."})
+        "help": "GB of each (default: a column for each of 16, 24, 40, 80 and 141)."})
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
 
 if __name__ == "__main__":  # wrong flags are worth knowing before torch is imported
     with user_errors_end_the_program():
         silence()
-        COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:], training=FINETUNE)
+        COMMAND_LINE = prepare_command_line(__file__, sys.argv[1:], FINETUNE)
 
 import contextlib
 import json
@@ -207,7 +207,8 @@ class Model:
         if setup.adapter:
             frozen = training_state(setup._replace(adapter=None, trained=setup.compute)).weights
         sizes = {"weights": frozen, "adapters": parts["weights"] - frozen, "gradients": parts["gradients"],
-                 "optimizer": parts["optimizer"], "activations": parts["activations"] - need.loss, "logits": need.loss}
+                 "optimizer": parts["optimizer"], "logits": need.loss}
+        sizes["activations"] = need.total(checkpointing) - sum(sizes.values())
         return sizes | {"reserve": sum(sizes.values()) * RESERVE / (1 - RESERVE)}
 
 
@@ -306,7 +307,7 @@ def parse_arguments(argv):
 
     Raises UserError.
     """
-    groups, models = read_values(__file__, argv, training=FINETUNE)
+    groups, models = read_values(__file__, argv, FINETUNE)
     given = {word.partition("=")[0] for word in argv}
     if "--model_name_or_path" in given:
         models.append(groups["ModelArguments"].model_name_or_path)
@@ -327,7 +328,7 @@ def parse_arguments(argv):
 
 def run(argv):
     """The estimates that a command line asks for, printed. Raises UserError."""
-    models, arguments, groups = parse_arguments(prepare_command_line(__file__, argv, training=FINETUNE))
+    models, arguments, groups = parse_arguments(prepare_command_line(__file__, argv, FINETUNE))
     cards = [arguments.gpu_memory] if arguments.gpu_memory else CARDS
     logging.set_verbosity_error()  # it remarks on kernels that are not here
     cards = [int(card) if math.isclose(card, round(card)) else card for card in cards]

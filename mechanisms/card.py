@@ -15,10 +15,11 @@ def head(base, library, pipeline, ask_hub=False, **metadata):
     base: path of the base model, whose licence is the result's; ask_hub: whether to look for its card there.
     """
     of_base = base_metadata(base, ask_hub)
-    rows = {"base_model": source_name(base), "library_name": library, "pipeline_tag": pipeline,
-            **{key: of_base[key] for key in LICENCE if key in of_base}, **metadata}
-    lines = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in rows.items())
-    return f"---\n{lines}---\n\n"
+    foreign = {"base_model": source_name(base), **{key: of_base[key] for key in LICENCE if key in of_base}}
+    own = {"library_name": library, "pipeline_tag": pipeline, **metadata}
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in foreign.items()]
+    lines += [f"{key}: {value}" for key, value in own.items()]
+    return "\n".join(["---", *lines, "---", "", ""])
 
 
 def base_metadata(base, ask_hub):
@@ -26,10 +27,10 @@ def base_metadata(base, ask_hub):
     name = source_name(base)
     if os.path.isdir(base) or os.path.isdir(name) or not ask_hub:
         return card_metadata(name) or card_metadata(base)
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     try:
-        return card_metadata(os.path.dirname(hf_hub_download(name, "README.md", endpoint=constants.ENDPOINT)))
+        return card_metadata(os.path.dirname(hf_hub_download(name, "README.md")))
     except OSError:  # it has no card, or none that we may read
         return {}
 

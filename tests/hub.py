@@ -63,7 +63,10 @@ class _Requests(BaseHTTPRequestHandler):
         name = "/".join(path.removeprefix("/api/models").removesuffix("/info/lfs/objects/batch").removesuffix(
             ".git").strip("/").split("/")[:2])
         if name not in hub.files:
-            return self._send({"error": "Repository not found"}, 404)
+            return self._send({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        if "/resolve/main/" in path:
+            content = hub.files[name][path.partition("/resolve/main/")[2]]
+            return self._send(content, 200, {"X-Repo-Commit": "1" * 40, "ETag": f'"{len(content)}"'})
         if "/preupload/" in path:
             return self._send({"files": [{"path": file["path"], "shouldIgnore": False, "uploadMode": "lfs" if file[
                 "path"].endswith(".safetensors") else "regular"} for file in json.loads(body)["files"]]})
@@ -81,13 +84,16 @@ class _Requests(BaseHTTPRequestHandler):
             return self._send({"commitUrl": f"{hub.url}/{name}/commit/1", "commitOid": "1" * 40})
         return self._send({"id": name, "modelId": name, "siblings": [], "sha": "1" * 40})
 
-    def _send(self, answer, code=200):
-        body = json.dumps(answer).encode()
+    def _send(self, answer, code=200, headers=()):
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(code)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from tests.hub import TOKEN, serving
 def hub(monkeypatch):
     with serving() as running:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                            running.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield running
@@ -124,5 +126,12 @@ def test_a_trial_uploads_nothing(hub, train):
     assert not hub.files
 
 
-def test_the_card_of_a_model_that_is_nowhere_has_no_licence(hub):
-    assert card.base_metadata("ada/nothing", True) == {} == card.base_metadata("ada/nothing", False)
+def test_the_licence_of_a_base_on_the_hub(hub, tmp_path, monkeypatch):
+    """Asked for only where something is uploaded: else a run without a network would wait for it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    hub.files["ada/base"] = {"README.md": b"---\nlicense: apache-2.0\n---\nA base.\n"}
+    text = card.head("ada/base", "peft", "text-generation", ask_hub=True)
+    assert metadata(text)["license"] == "apache-2.0" and card.for_the_hub(text) == text
+    assert card.base_metadata("ada/nothing", True) == {}
+    hub.seen.clear()
+    assert card.base_metadata("ada/other", False) == {} and not hub.seen

@@ -28,6 +28,8 @@ def test_mistakes_are_one_message_each_before_anything_heavy():
         assert time.process_time() - begun < 3
         return done.returncode, done.stderr
 
+    code, _ = run("--help")
+    assert code == 0
     code, said = run("a", "--learning_rat", "1", "--gpus", "x", "--data_path", "nowhere.jsonl")
     assert code == 2 and all(words in said for words in ("--learning_rate", "--gpus takes", "nowhere.jsonl"))
     with pytest.raises(UserError, match="(?s)which model.*--gpus 0: at least 1.*--gpu_memory -1") as raised:
