@@ -50,7 +50,7 @@ from mechanisms.console import say
 from mechanisms.fitting import Need, Plan
 from mechanisms.loading import check_trainable, layer_names, load_config, read_adapter
 from mechanisms.lora import empty_network, experts_of, lora_config, read_targets
-from mechanisms.memory import RESERVE, Setup, network_of, training_state
+from mechanisms.memory import RESERVE, Setup, network_of, training_state, working_bytes
 from mechanisms.paths import deepspeed_file
 from mechanisms.qwen1 import todays_config, todays_names
 from mechanisms.tokenizer import load_tokenizer
@@ -196,7 +196,9 @@ class Model:
                 measured[kind] = Need.of(plan)
             if (*kind, setup.nf4) not in built:
                 built[*kind, setup.nf4] = network_of(setup)
-            need = measured[kind]._replace(state=training_state(setup, built[*kind, setup.nf4]))
+            state = training_state(setup, built[*kind, setup.nf4])
+            working, update = working_bytes(setup, state)
+            need = measured[kind]._replace(state=state, working=working, update=update)
             shown = min((True, False), key=need.total) if plan.checkpointing is None else plan.checkpointing
             yield Estimate(way, self._parts(setup, need, shown), need.state.offloaded, shown,
                            {card: _verdict(plan._replace(limit=card * 1e9), need) for card in cards})
