@@ -16,7 +16,7 @@ from mechanisms.paths import checkpoints_in
 
 MANY = 2, 4, 8, 16  # GPUs that are offered where one machine has too few
 BREAK = "\n       "
-FULL = 8192  # tokens of a row that keep a GPU busy: more of them take no less time each
+FULL = 8192  # tokens of a row that keep a GPU busy
 MORE_IN_EVALUATION = "more in evaluation"
 
 
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
         lora: gives peft's LoraConfig of --use_lora without other flags, for a run that trains all weights.
         frugal: `setup` with weights in bf16 (mechanisms/frugal.py), to be taken where the other does not fit; or None.
         evaluated, evaluation_items: as longest and items, of the evaluation data; None, if there are none.
-        together: batches of a step that may be computed in one pass, as far as they fit.
+        together: how many batches of a step may be computed in one pass (--join_batches); decided, how many are.
     """
     setup: Setup
     checkpointing: bool | None
@@ -124,7 +124,7 @@ def decide(plan, need=None):
 
 
 def _together(plan):
-    """The most batches of a step that fit in one pass, with a divisor of them in each: all ranks have as many."""
+    """How many batches of a step are computed in one pass: the largest divisor of their number that fits."""
     for number in range(plan.together, 0, -1):
         items = number * plan.items
         fits = number == 1 or (plan.accumulation % number == 0 and plan.longest(items) <= FULL

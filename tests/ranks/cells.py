@@ -4,7 +4,8 @@
 
 cells.json: {name: {"argv": arguments of finetune.py, "remove": folders to delete first}}. results.json, written
 by rank 0: {name: {"log": Trainer's log history, "wrapped": class of the wrapped model, "held" and "counted": bytes of
-weights and optimizer as they are, and as `mechanisms.memory` counts them} or {"error": message}}.
+weights and optimizer as they are, and as `mechanisms.memory` counts them, "together": batches of a pass} or
+{"error": message}}.
 """
 
 import gc
@@ -56,7 +57,8 @@ for name, cell in cells.items():
     try:
         trainer = finetune.train(prepare_command_line(finetune.__file__, cell["argv"]))
         results[name] = {"log": trainer.state.log_history, "wrapped": type(trainer.model_wrapped).__name__,
-                         "held": held_bytes(trainer), "counted": counted_bytes(trainer)}
+                         "held": held_bytes(trainer), "counted": counted_bytes(trainer),
+                         "together": trainer.together}
         del trainer
     except UserError as error:
         results[name] = {"error": str(error)}

@@ -74,6 +74,8 @@ class Matrix(dict):
                 out = self.folder / f"{strategy} {name}"
                 argv = cell_argv(strategy, "LoRA", self.models["chat"], out, self.cache_dir)
                 cells[name] = {"argv": [*argv, *flags], "out": str(out)}
+        joined = cell_argv(strategy, "full", self.models["chat"], self.folder / f"{strategy} joined", self.cache_dir)
+        cells["joined"] = {"argv": [*joined, "--join_batches", "True"], "out": str(self.folder / f"{strategy} joined")}
         for name in RESUMED:
             last = Path(cells[name]["out"]) / f"checkpoint-{STEPS}"
             cells[name + ", resumed"] = {**cells[name], "remove": [str(last)]}
@@ -148,6 +150,13 @@ def test_adapters_begin_as_the_same_part_of_weights_that_are_shared_out(matrix, 
     assert found == [pytest.approx(step, rel=1e-4) for step in alone]
     plain = numbers(matrix[strategy]["LoRA, chat"])
     assert found[0][0] == pytest.approx(plain[0][0], rel=1e-5) and found[-1][0] != pytest.approx(plain[-1][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_batches_computed_together_are_the_same_step_under_every_strategy(matrix, strategy):
+    result = matrix[strategy]["joined"]
+    assert result["together"] == (4 if strategy == "one process" else 2)
+    assert numbers(result) == [pytest.approx(step, rel=1e-4) for step in numbers(matrix[strategy]["full, chat"])]
 
 
 def expected_rates():
