@@ -44,6 +44,8 @@ def page(history: list[dict], about: About, status: Status) -> str:
     going_on = status.state == "training"
     refresh = f'<meta http-equiv="refresh" content="{RELOAD}">' if going_on else ""
     state = status.state if going_on or status.state == "finished" else f"ended: {status.state}"
+    if status.state == "finished" and step < status.steps:
+        state = "finished early"
     kind = status.state if status.state in ("training", "finished") else "ended"
     share = min(1, step / max(1, status.steps))
     about_time = [f"step {step:,} of {status.steps:,}", *_epoch(history),

@@ -294,6 +294,7 @@ def test_early_stopping_and_the_best_checkpoint_as_the_result(start, tmp_path, m
     result, best = ((tmp_path / "out" / name / "model.safetensors").read_bytes() for name in ("", "checkpoint-2"))
     assert result == best
     assert (tmp_path / "out" / "checkpoint-4" / "model.safetensors").read_bytes() != best
+    assert "finished early" in read_page(tmp_path / "out").texts
     [last] = [entry for entry in metrics(tmp_path / "out") if "result" in entry]
     assert (last["step"], last["result"], last["eval_loss"]) == (4, 2, 2)
 
