@@ -63,7 +63,8 @@ def make_model(folder, yarn=False, **options):
 def make_mixture(folder):
     """A tiny Qwen3 mixture of experts with random weights."""
     plain = make_model(folder.with_name(folder.name + "-plain"))
-    config = Qwen3MoeConfig(**{**Qwen3Config.from_pretrained(plain).to_dict(), **EXPERTS, "model_type": "qwen3_moe"})
+    config = Qwen3MoeConfig(**{**Qwen3Config.from_pretrained(plain).to_dict(), **EXPERTS, "model_type": "qwen3_moe",
+                               "norm_topk_prob": True})  # as published; llama.cpp has no other way
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig.from_pretrained(plain)
