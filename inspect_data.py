@@ -175,11 +175,12 @@ def turn_rows(turns):
 
 def show_kinds(output, found):
     """How many records are of each kind, and where the first of them stand."""
-    output.heading("Records to look at")
     total = len(found.places)
-    for kind, records in found.kinds.items():
-        numbers = np.flatnonzero(records)
-        if len(numbers) and kind not in ("first", "longest", "shortest answer"):
+    kinds = {kind: np.flatnonzero(records) for kind, records in found.kinds.items()
+             if records.any() and kind not in ("first", "longest", "shortest answer")}
+    if kinds:
+        output.heading("Records to look at")
+        for kind, numbers in kinds.items():
             places = ", ".join(found.place(number) for number in numbers[:2])
             output.line(f"  {kind:<22}{len(numbers):>9,}  {len(numbers) / total:>6.1%}  {places}"
                         + (", ..." if len(numbers) > 2 else ""), indent=43)

@@ -47,14 +47,8 @@ if not torch.cuda.is_available():
     MODEL = "output/tiny"
     FLAGS = "--num_train_epochs 40 --learning_rate {learning_rate} --gradient_accumulation_steps 1 --logging_steps 20"
     !python examples/make_tiny_model.py --output_dir {{MODEL}}"""
-LOOK = """# 2. Three records as they will be trained; what is trained stands between [[ and ]]
-import finetune
-from mechanisms.console import show_trained
-
-tokenizer, train, _, reports = finetune.prepare(
-    ["--model_name_or_path", MODEL, "--data_path", DATA, "--output_dir", OUT])
-for sample in [train[0], train[len(train) // 2], train[-1]]:
-    print(show_trained(tokenizer, sample["input_ids"].tolist(), sample["labels"].tolist()), "-" * 80, sep="\\n")"""
+LOOK = """# 2. Look at the data as they will be trained, some records with their labels
+!python inspect_data.py -m {MODEL} -d {DATA}"""
 TRAIN = """# 3. Train. The same command again resumes a run that was stopped
 !{launcher} -m {{MODEL}} -d {{DATA}} -o {{OUT}} {{FLAGS}}"""
 WATCH = """# 4. The report of the run, which is written while it trains, too

@@ -20,7 +20,7 @@ def test_a_notebook_is_as_it_is_made_and_holds_what_it_printed(name):
     _, install, look, train, watch, use = kept.cells
     outputs = [output for cell in kept.cells[1:] for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    assert "[[I am Haru" in look.outputs[0].text and "\nDone:\n" in train.outputs[0].text
+    assert "Trained tokens by turn" in look.outputs[0].text and "\nDone:\n" in train.outputs[0].text
     assert "iframe" in watch.outputs[0].data["text/html"]
     assert "I am Haru, an assistant from Harbor Lab." in use.outputs[0].text
     assert not re.search(r"/(home|root|tmp|work)/", nbformat.writes(kept))
