@@ -144,6 +144,7 @@ def make_qwen1(folder):
 
 FULL = "--learning_rate", "3e-3"
 LORA = "--use_lora", "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0, "--learning_rate", "2e-2"
+LORA_ON_EXPERTS = *LORA, "--lora_experts", "--learning_rate", "1e-2"
 
 
 def train(root, name, model, *flags):
@@ -186,13 +187,13 @@ def make_others(root):
     hybrid_mixture = make_hybrid(root / "tiny-hybrid-mixture", experts=True)
     return {"experts, full": train(root, "mixture-full", mixture, *FULL),
             "experts, adapter on attention": train(root, "mixture-adapter", mixture, *LORA),
-            "experts, merged LoRA on all": merge(train(root, "mixture-experts", mixture, *LORA, "--lora_experts")),
+            "experts, merged LoRA on all": merge(train(root, "mixture-experts", mixture, *LORA_ON_EXPERTS)),
             "hybrid whole, full": train(root, "hybrid-full", hybrid, *FULL),
             "hybrid whole, merged LoRA": merge(train(root, "hybrid-adapter", hybrid, *LORA)),
             "hybrid text-only, full": train(root, "hybrid-text", hybrid, *FULL, "--text_only"),
             "hybrid with experts, full": train(root, "hybrid-mixture-full", hybrid_mixture, *FULL),
-            "hybrid with experts, merged LoRA on all": merge(train(
-                root, "hybrid-mixture-adapter", hybrid_mixture, *LORA, "--lora_experts", "--learning_rate", "1e-2"))}
+            "hybrid with experts, merged LoRA on all": merge(
+                train(root, "hybrid-mixture-adapter", hybrid_mixture, *LORA_ON_EXPERTS))}
 
 
 @torch.inference_mode()

@@ -12,6 +12,8 @@ LARGEST_DIFFERENCE = 1e-3  # of log-probabilities, in float32: vLLM's kernels ar
 
 
 def check(folder, result, expected):
+    if result["base"] and result["experts"]:
+        return None  # adapters beside experts need Triton's kernels, which a CPU has not
     options = {"enable_lora": True, "max_lora_rank": 64} if result["base"] else {}
     # vLLM reads those in 16 bits only
     rounded = result["hybrid"] or (folder / "quantize_config.json").exists()
