@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import io
 import os
 import socket
 
@@ -176,7 +177,8 @@ def join_ranks(training_args):
     if training_args.deepspeed:
         import deepspeed
 
-        deepspeed.init_distributed("gloo" if training_args.use_cpu else "nccl")
+        with contextlib.redirect_stdout(io.StringIO()):  # without a GPU each process prints that an op is built
+            deepspeed.init_distributed("gloo" if training_args.use_cpu else "nccl")
     return training_args.device
 
 

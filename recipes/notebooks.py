@@ -86,6 +86,16 @@ def run(made):
                    resources={"metadata": {"path": str(FOLDER)}}).execute()
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # times
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream":
+                output.text = told(output.text)
+            elif "text/html" in output.get("data", ()):
+                output.data["text/html"] = told(output.data["text/html"])
+
+
+def told(text):
+    """As it is kept: lines end as in any file, and nothing names this machine's folders."""
+    return text.replace("\r\n", "\n").replace(f"{ROOT}/", "")
 
 
 def main(names):
