@@ -7,6 +7,7 @@ import re
 from mechanisms.paths import card_metadata, could_be_on_the_hub, source_name
 
 LICENCE = "license", "license_name", "license_link"  # keys of a card's metadata
+BARS, BLOCKS = 40, "▁▂▃▄▅▆▇█"
 
 
 def head(base, library, pipeline, ask_hub=False, **metadata):
@@ -41,6 +42,18 @@ def for_the_hub(text):
     if not base or could_be_on_the_hub(base[1]) and not os.path.isdir(base[1]):
         return text
     return text.replace(base[0], "").replace(base[1], os.path.basename(os.path.normpath(base[1])))
+
+
+def loss_picture(history):
+    """Trainer's log history -> a line that draws the loss of the run in letters; "" before there is one."""
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if len(losses) < 2:
+        return ""
+    groups = [losses[len(losses) * place // BARS:len(losses) * (place + 1) // BARS] for place in range(BARS)]
+    means = [sum(group) / len(group) for group in groups if group]
+    least, span = min(means), max(means) - min(means) or 1
+    bars = "".join(BLOCKS[round((mean - least) / span * (len(BLOCKS) - 1))] for mean in means)
+    return f"\nLoss: {losses[0]:.4g} `{bars}` {losses[-1]:.4g}\n"
 
 
 def how_to_load(name, loader):

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mechanisms import checkpoints
+from mechanisms.card import loss_picture
 from mechanisms.compatibility import add_former_names
 from mechanisms.console import say
 from mechanisms.errors import UserError, first_line
@@ -363,7 +364,7 @@ class SafeTrainer(Trainer):
             model.generation_config.save_pretrained(output_dir)
             add_former_names(output_dir)
             with open(os.path.join(output_dir, "README.md"), "w", encoding="utf-8") as file:
-                file.write(self.card)
+                file.write(self.card + loss_picture(self.state.log_history))
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.is_deepspeed_enabled:

@@ -49,7 +49,7 @@ def test_train_takes_the_words_of_the_command_line(words, tmp_path):
     command = [sys.executable, "finetune.py", *words, "--output_dir", str(tmp_path / "other")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert [f"loss {loss:.4f}" in run.stdout for loss in losses(trainer)] == [True, True]
+    assert [f" {loss:.4f} " in run.stdout for loss in losses(trainer)] == [True, True]
     with pytest.raises(UserError, match="unknown flag --bogus"):
         finetune.train([*words, "--bogus", "1"])
 

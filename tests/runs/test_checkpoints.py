@@ -57,7 +57,7 @@ def names(folder):
 
 def same_end(out, finished):
     """Weights bit by bit and the whole log, but for times, memory and marks, are those of the undisturbed run."""
-    of_this_run = "memory", "seconds_left", "resumed"
+    of_this_run = "memory", "seconds_left", "resumed", "saved"
     assert (out / "adapter_model.safetensors").read_bytes() == (finished / "adapter_model.safetensors").read_bytes()
     logs = [[{name: value for name, value in entry.items() if "_second" not in name and "runtime" not in name
               and name not in of_this_run}

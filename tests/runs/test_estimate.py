@@ -63,7 +63,7 @@ def test_the_parts_are_those_that_training_counts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN2))
     argv = [str(tmp_path), "--use_lora", "--lora_embeddings", "none", "--lora_r", "8", "--model_max_length", "1000",
             "--per_device_train_batch_size", "3", "--deepspeed", "none"]
-    argv = estimate_memory.prepare_command_line(estimate_memory.__file__, argv, estimate_memory.FINETUNE, True)
+    argv = estimate_memory.prepare_command_line(estimate_memory.__file__, argv, estimate_memory.FINETUNE)
     _, _, groups = estimate_memory.parse_arguments(argv)
     [found] = estimate_memory.Model(str(tmp_path), groups).estimates(1, [24])
     setup = found.way.setup

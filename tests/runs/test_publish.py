@@ -1,6 +1,7 @@
 """--push_to_hub: every kind of result, uploaded to a stand-in of the Hub; what is refused before; the cards."""
 
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -11,7 +12,7 @@ import finetune
 import merge_lora
 import run_gptq
 from examples.make_tiny_model import EXAMPLES
-from mechanisms import card, publish
+from mechanisms import card, publish, report
 from mechanisms.errors import UserError
 from tests.hub import TOKEN, serving
 
@@ -62,7 +63,7 @@ def test_a_finished_training_is_uploaded_and_nothing_beside_it(hub, train, licen
     train(*flags, "--hub_model_id", "ada/tiny", "--hub_private_repo", "True")
     said = capsys.readouterr()
     assert (tmp_path / "out" / "checkpoint-1").is_dir() and (tmp_path / "out" / "rejected.jsonl").exists()
-    files = uploaded(hub, "ada/tiny", tmp_path / "out", publish.PRIVATE_FILES)
+    files = uploaded(hub, "ada/tiny", tmp_path / "out", (*publish.PRIVATE_FILES, report.PAGE, report.METRICS))
     assert hub.private == {"ada/tiny": True} and f"  Hub:   {hub.url}/ada/tiny\n" in said.out
     assert TOKEN not in said.out + said.err
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
@@ -73,6 +74,7 @@ def test_a_finished_training_is_uploaded_and_nothing_beside_it(hub, train, licen
         "pipeline_tag": "text-generation", "license": "other", "license_name": "tiny", "license_link": "LICENSE"}
     manifest = json.loads((tmp_path / "out" / "checkpoint-2" / "complete.json").read_text())
     assert f"| digest of the samples | {manifest['run']['data']} |" in text
+    assert re.search(r"^Loss: [\d.]+ `[▁█]{2}` [\d.]+$", text, re.MULTILINE)
     assert "| trained tokens |" in text and "| learning_rate | 0.001 |" in text
     loader = "AutoPeftModelForCausalLM" if method else "AutoModelForCausalLM"
     assert f'{loader}.from_pretrained("ada/tiny")' in text
@@ -135,3 +137,11 @@ def test_the_licence_of_a_base_on_the_hub(hub, tmp_path, monkeypatch):
     assert card.base_metadata("ada/nothing", True) == {}
     hub.seen.clear()
     assert card.base_metadata("ada/other", False) == {} and not hub.seen
+
+
+@pytest.mark.parametrize("losses, line", [
+    ([], ""), ([2.0], ""), ([3.0, 1.0], "Loss: 3 `█▁` 1"), ([1.0] * 3, "Loss: 1 `▁▁▁` 1"),
+    ([8 - number / 10 for number in range(80)], "Loss: 8 `███▇▇▇▇▇▇▆▆▆▆▆▅▅▅▅▅▅▄▄▄▄▄▄▃▃▃▃▃▂▂▂▂▂▂▁▁▁` 0.1")])
+def test_the_loss_is_drawn(losses, line):
+    drawn = card.loss_picture([{"loss": loss} for loss in losses] + [{"eval_loss": 1.0}])
+    assert drawn.strip() == line
