@@ -53,7 +53,7 @@ from mechanisms.fitting import Need, Plan
 from mechanisms.loading import check_trainable, layer_names, load_config, read_adapter
 from mechanisms.lora import empty_network, experts_of, lora_config, read_targets
 from mechanisms.memory import RESERVE, Setup, network_of, training_state, working_bytes
-from mechanisms.paths import deepspeed_file
+from mechanisms.paths import could_be_on_the_hub, deepspeed_file
 from mechanisms.qwen1 import todays_config, todays_names
 from mechanisms.tokenizer import load_tokenizer
 
@@ -321,6 +321,8 @@ def parse_arguments(argv):
             setattr(training, name, value)
     if not models:
         problems.append("which model? A folder, or a name on the Hub such as Qwen/Qwen2.5-7B-Instruct")
+    problems += [f"{path}: no such folder" for path in models
+                 if not os.path.isdir(path) and not could_be_on_the_hub(path)]
     if arguments.gpus < 1:
         problems.append(f"--gpus {arguments.gpus}: at least 1")
     if arguments.gpu_memory is not None and arguments.gpu_memory <= 0:

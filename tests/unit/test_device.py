@@ -76,6 +76,7 @@ def test_the_driver_is_read_where_nvidia_smi_is_missing_too(machine, monkeypatch
     assert device.driver_version() == "535.104.05"
 
 
+@pytest.mark.slow
 def test_every_process_of_a_launcher_refuses_and_one_speaks(machine, tmp_path):
     """The launchers count by nvidia-smi, which lists cards that torch cannot use."""
     machine("echo GPU 0: NVIDIA H100; echo 550.54.14")
@@ -354,6 +355,7 @@ print(json.dumps([asked, *peaks, peak(0)]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_each_rank_loads_to_its_own_device(make_model):
     """Two ranks with a GPU each, planted ones that take no memory here: nor does the machine's, for a model that takes

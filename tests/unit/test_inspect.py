@@ -325,6 +325,7 @@ def test_a_browser_shows_the_page(look, tmp_path):
     assert "Not trained: half a character" in dom and "Not trained: nothing to learn" in dom
 
 
+@pytest.mark.slow
 def test_prompts_of_real_data_are_the_same(real, real_data, look, tmp_path):
     name, _, _ = real
     page, model = tmp_path / "page.html", real_data / "tokenizers" / name

@@ -232,6 +232,7 @@ def test_two_cards(bash, dry_run):
         assert "CUDA_VISIBLE_DEVICES=0" in before and "--nproc_per_node" not in before
 
 
+@pytest.mark.slow
 def test_two_cards_with_a_driver_that_torch_cannot_use(bash, tmp_path):
     """nvidia-smi lists them, so there are two processes: they end at once, with one line that all of it is in."""
     write_tool(bash.tools / "nvidia-smi", "case $1 in -L) echo 'GPU 0: H100'; echo 'GPU 1: H100' ;; "

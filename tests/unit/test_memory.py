@@ -80,6 +80,7 @@ def test_one_layer_is_counted_as_each_of_several():
     assert three - two == pytest.approx(two - one) and one > 0
 
 
+@pytest.mark.slow
 def test_an_unknown_optimizer_counts_as_adamw_and_is_named():
     known, unknown = (plan(adapter=LORA, device=torch.device("cpu"), optim=optim)
                       for optim in ("adamw_torch", "galore_adamw"))
@@ -108,6 +109,7 @@ def test_bytes_of_optimizers(optim, optim_args, tmp_path, monkeypatch):
 
 # -- what fits --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_checkpointing_by_what_fits():
     lora = {"adapter": LORA, "device": CPU}
     need = fitting.Need.of(plan(**lora))
@@ -125,6 +127,7 @@ def test_checkpointing_by_what_fits():
         fitting.decide(plan(with_it * 0.99, **lora))
 
 
+@pytest.mark.slow
 def test_a_row_that_may_never_come_refuses_no_run():
     lora = {"adapter": LORA, "device": CPU}
     held = sum(memory.training_state(Setup(QWEN_7B, LORA))[:3]) / 1e9
@@ -133,6 +136,7 @@ def test_a_row_that_may_never_come_refuses_no_run():
         fitting.decide(plan(held * 0.99, certain=False, **lora))
 
 
+@pytest.mark.slow
 def test_what_fits_is_named_in_the_order_of_its_cost(monkeypatch):
     """For a GPU, by its numbers alone, and 20 GB of RAM."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20e9))
@@ -153,6 +157,7 @@ def test_what_fits_is_named_in_the_order_of_its_cost(monkeypatch):
     assert "Nothing that this program has makes it fit" in fits(limit=0.1, adapter=LORA)[0]
 
 
+@pytest.mark.slow
 def test_weights_are_held_in_bf16_where_fp32_does_not_fit():
     full = plan(device=CPU)._replace(frugal=frugal.setup(Setup(QWEN_7B, device=CPU)))
     least = [fitting.Need.of(full._replace(setup=setup)).total(True) / 1e9 for setup in (full.setup, full.frugal)]
@@ -166,6 +171,7 @@ def test_weights_are_held_in_bf16_where_fp32_does_not_fit():
     assert sum(state[:3]) == pytest.approx((2 + 2 + 2 * (1 + 4 / 256)) * WEIGHTS)
 
 
+@pytest.mark.slow
 def test_evaluation_may_be_what_takes_most():
     """Its batches are as long as --per_device_eval_batch_size makes them, 64 samples of 2,048 tokens."""
     lora = plan(adapter=LORA, device=CPU, items=1, checkpointing=True)

@@ -49,7 +49,7 @@ def write_python(path, script):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    ([], []), (["unit"], ["tests/unit"]), (["runs", "-k", "a b"], ["tests/runs", "-k", "a b"]),
+    ([], []), (["unit"], ["tests/unit", "-m", "not slow"]), (["runs", "-k", "a b"], ["tests/runs", "-k", "a b"]),
     (["ranks", "unit"], ["tests/ranks", "unit"]), (["tests/unit/test_data.py"], ["tests/unit/test_data.py"])])
 def test_a_folder_of_tests_or_all_and_further_words_for_pytest(repository, arguments, expected):
     write_python(repository / ".venv/bin/python", 'printf "<%s>" "$@"')
