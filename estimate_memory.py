@@ -217,11 +217,10 @@ class Model:
 
 
 def _verdict(plan, need):
-    try:
-        decided, _ = fitting.decide(plan, need)
-    except UserError:
+    checkpointing, fits = fitting.choose(plan, need)
+    if not fits:
         return "does not fit"
-    return "fits" if need.total(decided.checkpointing) <= (1 - RESERVE) * plan.available else "tight"
+    return "fits" if need.total(checkpointing) <= (1 - RESERVE) * plan.available else "tight"
 
 
 def _zero_of(value):

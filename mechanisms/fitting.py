@@ -89,14 +89,9 @@ def _gb(size):
     return f"{size / 1e9:,.1f}"
 
 
-def decide(plan, need=None):
-    """Decide --gradient_checkpointing auto and --trained_weights auto, for all ranks alike.
-
-    need: what the plan takes, where that was measured before.
-    -> (the Plan with both decided, a line that says why). Raises UserError, on all ranks, if the run does not fit.
-    """
-    need, available = need or Need.of(plan), plan.available
-    totals = [need.total(checkpointing) for checkpointing in (False, True)]
+def choose(plan, need):
+    """-> (whether to compute activations twice, whether the run fits then), for all ranks alike. need: of the plan."""
+    available, totals = plan.available, [need.total(checkpointing) for checkpointing in (False, True)]
     least = min(totals) if plan.certain else sum(need.state[:3])
     shares = totals[0] / available, (least if plan.checkpointing is None else totals[plan.checkpointing]) / available
     if torch.distributed.is_initialized():
@@ -104,12 +99,22 @@ def decide(plan, need=None):
         torch.distributed.all_reduce(shares, torch.distributed.ReduceOp.MAX)
         shares = shares.tolist()
     whole, smallest = shares
-    checkpointing = plan.checkpointing if plan.checkpointing is not None else whole > 1 - memory.RESERVE
-    if smallest > 1 and plan.frugal:
+    return plan.checkpointing if plan.checkpointing is not None else whole > 1 - memory.RESERVE, smallest <= 1
+
+
+def decide(plan):
+    """Decide --gradient_checkpointing auto and --trained_weights auto, for all ranks alike.
+
+    -> (the Plan with both decided, a line that says why). Raises UserError, on all ranks, if the run does not fit.
+    """
+    need, available = Need.of(plan), plan.available
+    checkpointing, fits = choose(plan, need)
+    totals = [need.total(checkpointing) for checkpointing in (False, True)]
+    if not fits and plan.frugal:
         decided, line = decide(plan._replace(setup=plan.frugal, frugal=None))
         return decided, (f"trained weights are held in bf16, with stochastic rounding and 8-bit moments: in fp32 the "
                          f"run needs about {_gb(totals[1])} GB; {line}")
-    if smallest > 1:
+    if not fits:
         parts = ", ".join(f"{name} {_gb(size)}" for name, size in need.parts(checkpointing).items())
         raise UserError(f"this run does not fit into the memory: it needs about {_gb(totals[checkpointing])} GB "
                         f"on each {_rank(plan)}{' with gradient checkpointing' if checkpointing else ''} "
