@@ -15,20 +15,20 @@ SECONDS, BYTES = 10, 2 << 30  # for one conversation; templates take less than a
 def limited(render, whose):
     """`render`, a function that runs a chat template; UserError where it takes more than the limits.
 
-    whose: the name of the model, for the message.
+    whose: the name of the model, for the message. What is returned can be pickled, as for the data loader's processes.
     """
-    @functools.wraps(render)
-    def within_limits(*args, **kwargs):
-        try:
-            with _limits():
-                return render(*args, **kwargs)
-        except TimeoutError:
-            raise UserError(f"the chat template of {whose} does not end within {SECONDS} s: it is not used") from None
-        except (MemoryError, OverflowError, RecursionError) as error:
-            raise UserError(f"the chat template of {whose} makes too much of a conversation ({type(error).__name__}; "
-                            f"more than {BYTES >> 30} GB are not given to it): it is not used") from None
+    return functools.partial(_within_limits, render, whose)
 
-    return within_limits
+
+def _within_limits(render, whose, *args, **kwargs):
+    try:
+        with _limits():
+            return render(*args, **kwargs)
+    except TimeoutError:
+        raise UserError(f"the chat template of {whose} does not end within {SECONDS} s: it is not used") from None
+    except (MemoryError, OverflowError, RecursionError) as error:
+        raise UserError(f"the chat template of {whose} makes too much of a conversation ({type(error).__name__}; "
+                        f"more than {BYTES >> 30} GB are not given to it): it is not used") from None
 
 
 @contextlib.contextmanager

@@ -47,7 +47,19 @@ class TextEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         self.rust: Tokenizer = tokenizer.backend_tokenizer
         self.tiktoken: tiktoken.Encoding | None = None
+        self._remember()
+
+    def _remember(self):
         self.spelled = functools.lru_cache(1000)(self._spelled)
+        self.beginning = functools.lru_cache(100)(self.tiktoken_ids)  # mostly a system prompt, that of thousands
+
+    def __getstate__(self):
+        """Without what it remembers, which cannot be pickled, as for processes of the data loader that are spawned."""
+        return {name: value for name, value in vars(self).items() if name not in ("spelled", "beginning")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._remember()
 
     def __call__(self, text: str) -> list[int]:
         if MARK not in text:
@@ -101,7 +113,6 @@ class TextEncoder:
         ranks = same_ranks(self.rust.model, rules["model"], added)
         if ranks:
             self.tiktoken = tiktoken.Encoding("the same", pat_str=pattern, special_tokens=added, mergeable_ranks=ranks)
-            self.beginning = functools.lru_cache(100)(self.tiktoken_ids)  # mostly a system prompt, that of thousands
 
 
 def words_of(rules: dict) -> str | None:

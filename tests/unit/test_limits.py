@@ -1,5 +1,6 @@
 """A chat template that loops or makes gigabytes is one line."""
 
+import pickle
 import resource
 import signal
 import time
@@ -8,12 +9,23 @@ import pytest
 
 from mechanisms import limits
 from mechanisms.data.encoder import ConversationEncoder
+from mechanisms.data.shapes import Conversation
 from mechanisms.errors import UserError
 from mechanisms.tokenizer import load_tokenizer
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9999) %}" + 3 * "{% endfor %}"
 DOUBLE = "{% set n = namespace(x='x') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
 DEEP = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"
+
+
+def test_a_limited_tokenizer_and_its_encoder_reach_processes_that_are_spawned(make_model):
+    encoder = ConversationEncoder(load_tokenizer(str(make_model())), 100)
+    tokenizer, again = pickle.loads(pickle.dumps((encoder.tokenizer, encoder)))
+    said = [{"role": "user", "content": "你好 <|im_end|>"}, {"role": "assistant", "content": "Hello"}]
+    assert tokenizer.apply_chat_template.func is encoder.tokenizer.apply_chat_template.func  # it is limited there, too
+    assert tokenizer.apply_chat_template(said) == encoder.tokenizer.apply_chat_template(said)
+    conversation = Conversation(said, None, (True,), 0)
+    assert again(conversation) == encoder(conversation)
 
 
 @pytest.mark.parametrize("template, message", [
